@@ -1,0 +1,222 @@
+"""Configuration of Evolved Hierarchical Masking (EHM): ViT encoder, MAE decoder, hierarchy and masks."""
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+# One saved directory serves every Auto class: these entries go into each config.json that is saved with the code.
+AUTO_MAP = {
+    "AutoConfig": "configuration_ehm.EHMConfig",
+    "AutoModel": "modeling_ehm.EHMModel",
+    "AutoModelForPreTraining": "modeling_ehm.EHMForPreTraining",
+}
+
+OBJECTIVES = ("mae", "simmim")
+MASK_POLICIES = ("ehm", "random")
+TEACHERS = ("online", "ema")
+AFFINITIES = ("attention", "keys")
+LINKAGES = ("average", "single", "complete")
+NODE_CURVES = ("linear", "log", "cosine")
+
+
+def to_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
+    """`(height, width)` of a size given as one number or as a pair."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
+
+
+@strict
+class EHMConfig(PreTrainedConfig):
+    """Configuration of `EHMModel` and `EHMForPreTraining`.
+
+    Fields shared with `ViTMAEConfig` bear its names. Types are checked, and so are values, when the object is built.
+
+    Args:
+        hidden_size: Width of the encoder; a multiple of 4 (sin-cos positions) and of `num_attention_heads`.
+        num_hidden_layers: Encoder layers.
+        num_attention_heads: Encoder heads.
+        intermediate_size: Width of the encoder's MLP.
+        hidden_act: Activation of the MLPs.
+        hidden_dropout_prob: Dropout after attention and MLP.
+        attention_probs_dropout_prob: Dropout on attention weights.
+        initializer_range: Standard deviation of class and mask tokens at initialisation.
+        layer_norm_eps: MAE's published code uses 1e-6; transformers' `ViTMAEConfig` defaults to 1e-12.
+        image_size: Native size in pixels, one number or (height, width); other multiples of the patch work too.
+        patch_size: Patch side in pixels, one number or (height, width).
+        num_channels: Channels of the images, any number.
+        qkv_bias: Whether queries, keys and values have biases.
+        decoder_num_attention_heads: Decoder heads.
+        decoder_hidden_size: Width of the decoder; a multiple of 4 and of its heads.
+        decoder_num_hidden_layers: Decoder layers.
+        decoder_intermediate_size: Width of the decoder's MLP.
+        mask_ratio: Share of patches hidden, strictly between 0 and 1.
+        norm_pix_loss: Whether targets are normalised per patch (the better choice in MAE's Table 1).
+        objective: "mae": the encoder sees visible patches only, a decoder predicts the others, squared error.
+            "simmim": mask tokens inside the encoder, a linear head, absolute error.
+        mask_policy: "ehm": masks from the model's own hierarchy. "random": MAE's random masks, no teacher pass.
+        teacher: Whose affinities build the hierarchy: "online", the present weights; "ema", their moving average.
+        teacher_decay: Decay of the moving average per optimiser step; EPM used 0.99996, a horizon of 25,000 steps.
+        teacher_warmup_steps: The decay grows as `1 - 1 / (1 + step / teacher_warmup_steps)` until `teacher_decay`,
+            so that a short run does not keep its random start as the teacher; 0 switches the warm-up off.
+        affinity: "attention": softmaxed maps averaged over heads and layers. "keys": cosine of keys.
+        affinity_layers: Layers the affinity reads, counted from 0, negative from the end; None is every layer for
+            "attention" and the last one for "keys". The teacher pass stops after the last of them.
+        linkage: Affinity of two nodes: mean ("average"), largest ("single") or smallest ("complete") of their members.
+        num_nodes_start: Nodes masked or kept as wholes at progress 0; None is every patch: MAE's random masking.
+        num_nodes_end: Nodes at progress 1; None is an eighth of the patches, at least 2.
+        num_nodes_curve: How the number falls with progress: "linear", "log" (geometric) or "cosine".
+        softness_start: Share of per-patch noise in the mask score at progress 0; 0 hides whole nodes, 1 is random.
+        softness_end: The same at progress 1.
+    """
+
+    model_type = "ehm"
+
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.0
+    attention_probs_dropout_prob: float | int = 0.0
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-6
+    image_size: int | list[int] | tuple[int, int] = 224
+    patch_size: int | list[int] | tuple[int, int] = 16
+    num_channels: int = 3
+    qkv_bias: bool = True
+
+    decoder_num_attention_heads: int = 16
+    decoder_hidden_size: int = 512
+    decoder_num_hidden_layers: int = 8
+    decoder_intermediate_size: int = 2048
+    mask_ratio: float = 0.75
+    norm_pix_loss: bool = True
+    objective: str = "mae"
+
+    mask_policy: str = "ehm"
+    teacher: str = "online"
+    teacher_decay: float | int = 0.9999
+    teacher_warmup_steps: int = 10
+    affinity: str = "attention"
+    affinity_layers: list[int] | None = None
+    linkage: str = "average"
+    num_nodes_start: int | None = None
+    num_nodes_end: int | None = None
+    num_nodes_curve: str = "linear"
+    softness_start: float | int = 0.0
+    softness_end: float | int = 0.0
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """Patches along height and width of an image of the native size."""
+        (height, width), (patch_height, patch_width) = to_pair(self.image_size), to_pair(self.patch_size)
+        return height // patch_height, width // patch_width
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image of the native size."""
+        return self.grid_size[0] * self.grid_size[1]
+
+    @property
+    def patch_dim(self) -> int:
+        """Numbers in one flattened patch."""
+        patch_height, patch_width = to_pair(self.patch_size)
+        return patch_height * patch_width * self.num_channels
+
+    @property
+    def resolved_affinity_layers(self) -> tuple[int, ...]:
+        """The layers the affinity reads, ascending, without repetition, all counted from 0."""
+        if self.affinity_layers is None:
+            chosen = range(self.num_hidden_layers) if self.affinity == "attention" else [self.num_hidden_layers - 1]
+        else:
+            chosen = {layer % self.num_hidden_layers for layer in self.affinity_layers}
+        return tuple(sorted(chosen))
+
+    def num_hidden_patches(self, num_patches: int) -> int:
+        """Patches hidden out of `num_patches`. Rounded: `int(n * (1 - ratio))` would keep 9 of 100 at ratio 0.9."""
+        return round(self.mask_ratio * num_patches)
+
+    def num_nodes_range(self, num_patches: int) -> tuple[int, int]:
+        """Nodes at progress 0 and at progress 1 for an image of `num_patches` patches."""
+        start = num_patches if self.num_nodes_start is None else min(self.num_nodes_start, num_patches)
+        end = max(2, num_patches // 8) if self.num_nodes_end is None else self.num_nodes_end
+        return start, min(end, start)
+
+    def validate_sizes(self):
+        for name in ("image_size", "patch_size"):
+            value = getattr(self, name)
+            sides = [value] if isinstance(value, int) else list(value)
+            if len(sides) not in (1, 2) or (len(sides) == 1 and not isinstance(value, int)) or min(sides) < 1:
+                raise ValueError(f"{name}={value} must be a positive number of pixels or a pair (height, width)")
+        for side, image, patch in zip(
+            ("height", "width"), to_pair(self.image_size), to_pair(self.patch_size), strict=True
+        ):
+            if image % patch:
+                raise ValueError(
+                    f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size} in {side};"
+                    f" {image // patch * patch or patch} or {(image // patch + 1) * patch} would be"
+                )
+        if self.num_channels < 1:
+            raise ValueError(f"num_channels={self.num_channels} must be at least 1")
+
+    def validate_widths(self):
+        for prefix in ("", "decoder_"):
+            width, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
+            if width < 4 or width % 4:
+                raise ValueError(
+                    f"{prefix}hidden_size={width} must be a positive multiple of 4: sin-cos positions have 4 parts"
+                )
+            if heads < 1 or width % heads:
+                raise ValueError(
+                    f"{prefix}hidden_size={width} is not a multiple of {prefix}num_attention_heads={heads}"
+                )
+            if getattr(self, f"{prefix}num_hidden_layers") < 1:
+                raise ValueError(
+                    f"{prefix}num_hidden_layers={getattr(self, prefix + 'num_hidden_layers')} must be at least 1"
+                )
+
+    def validate_mask_ratio(self):
+        if not 0 < self.mask_ratio < 1:
+            raise ValueError(f"mask_ratio={self.mask_ratio} must lie strictly between 0 and 1")
+        hidden = self.num_hidden_patches(self.num_patches)
+        if not 0 < hidden < self.num_patches:
+            raise ValueError(
+                f"mask_ratio={self.mask_ratio} hides {hidden} of {self.num_patches} patches; at least one patch must be"
+                " hidden and one visible: change mask_ratio, or make patch_size smaller"
+            )
+
+    def validate_choices(self):
+        for name, allowed in (
+            ("objective", OBJECTIVES),
+            ("mask_policy", MASK_POLICIES),
+            ("teacher", TEACHERS),
+            ("affinity", AFFINITIES),
+            ("linkage", LINKAGES),
+            ("num_nodes_curve", NODE_CURVES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+
+    def validate_hierarchy(self):
+        if not 0 <= self.teacher_decay < 1:
+            raise ValueError(f"teacher_decay={self.teacher_decay} must lie in [0, 1)")
+        if self.teacher_warmup_steps < 0:
+            raise ValueError(f"teacher_warmup_steps={self.teacher_warmup_steps} must be 0 (no warm-up) or more")
+        layers = self.affinity_layers
+        if layers is not None and (
+            not layers or not all(-self.num_hidden_layers <= n < self.num_hidden_layers for n in layers)
+        ):
+            raise ValueError(
+                f"affinity_layers={layers} must name at least one layer, each in"
+                f" [-{self.num_hidden_layers}, {self.num_hidden_layers - 1}]; None takes the default"
+            )
+        start, end = self.num_nodes_start, self.num_nodes_end
+        for name, value in (("num_nodes_start", start), ("num_nodes_end", end)):
+            if value is not None and not 1 <= value <= self.num_patches:
+                raise ValueError(f"{name}={value} must lie in [1, {self.num_patches}], the number of patches")
+        if start is not None and end is not None and end > start:
+            raise ValueError(f"num_nodes_end={end} exceeds num_nodes_start={start}: nodes merge as training advances")
+        for name in ("softness_start", "softness_end"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+
+
+__all__ = ["AUTO_MAP", "EHMConfig"]

@@ -1,0 +1,640 @@
+"""Evolved Hierarchical Masking (EHM): a ViT encoder, MAE's decoder, and masks made from the model's own hierarchy.
+
+What is unusual, against a textbook ViT and MAE:
+- The encoder never masks unless the caller passes `bool_masked_pos`; only `EHMForPreTraining` makes masks.
+- Hidden patches are dropped before the patch embedding, and visible ones stay in image order: attention does not
+  care about order, so nothing is shuffled back and forth.
+- Positions are sin-cos tables; for another grid than the native one they are computed, not interpolated.
+- The teacher pass reads queries and keys on a side path, so the main path may use any fused attention.
+- Parameter names are those of transformers' ViT and ViTMAE, in memory and on disk.
+
+Sources: MAE (He et al. 2022), SimMIM (Xie et al. 2022), EHM (Feng & Zhang 2024, arXiv:2504.09155), and EPM's code
+(CVPR 2023) for the affinity: softmaxed attention over every layer and head, class token's row and column removed.
+
+Letters: B images, C channels, H W pixels, P patch side, N patches, V visible patches, T tokens, D width, K tree nodes.
+True = masked.
+"""
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
+
+from .configuration_ehm import AUTO_MAP, EHMConfig, to_pair
+from .hierarchy_ehm import PatchHierarchy, build_hierarchy, symmetrize
+from .masking_ehm import draw_mask_seeds, mask_from_scores, mask_scores, num_nodes_at, random_scores, softness_at
+
+
+@dataclass
+class EHMForPreTrainingOutput(ModelOutput):
+    """Output of `EHMForPreTraining`.
+
+    Attributes:
+        loss: Scalar; error of the hidden patches.
+        logits: `(B, N, P*P*C)`; predicted pixels of every patch, normalised per patch if `norm_pix_loss`.
+        mask: `(B, N)` bool, True = masked.
+        hidden_states: Encoder states, each `(B, 1 + V, D)`, or `(B, 1 + N, D)` with the SimMIM objective.
+        attentions: Encoder attention maps, each `(B, heads, T, T)`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    mask: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+
+
+def patchify(pixel_values: Tensor, patch_size: tuple[int, int]) -> Tensor:
+    """Flatten patches in MAE's order: `(B, C, H, W)` -> `(B, N, P*P*C)`, each patch as rows, columns, channels."""
+    batch, channels, height, width = pixel_values.shape
+    patch_height, patch_width = patch_size
+    rows, columns = height // patch_height, width // patch_width
+    patches = pixel_values.reshape(batch, channels, rows, patch_height, columns, patch_width)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(batch, rows * columns, -1)
+
+
+def unpatchify(patches: Tensor, patch_size: tuple[int, int], grid_size: tuple[int, int]) -> Tensor:
+    """Inverse of `patchify`: `(B, N, P*P*C)` -> `(B, C, H, W)` for a grid of (rows, columns) patches."""
+    (patch_height, patch_width), (rows, columns) = patch_size, grid_size
+    pixels = patches.reshape(patches.shape[0], rows, columns, patch_height, patch_width, -1)
+    return pixels.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, rows * patch_height, columns * patch_width)
+
+
+def normalize_patches(patches: Tensor) -> Tensor:
+    """Zero mean and unit (unbiased) variance in each patch, as MAE's `norm_pix_loss`."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return (patches - mean) / (variance + 1.0e-6).sqrt()
+
+
+def sincos_positions(grid_size: tuple[int, int], width: int) -> Tensor:
+    """Sin-cos positions of MAE for a grid, with a zero row for the class token.
+
+    MAE lays them out as `[sin x | cos x | sin y | cos y]` (its code swaps the names of h and w; weights rely on it).
+
+    Args:
+        grid_size: Patches along height and width.
+        width: Length of an embedding, a multiple of 4.
+
+    Returns:
+        `(1, 1 + N, width)` float32.
+    """
+    frequency = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64, device="cpu") / (width // 4))
+    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float64, device="cpu") for n in grid_size), indexing="ij")
+    angles = [axis.reshape(-1, 1) * frequency for axis in (x, y)]
+    table = torch.cat([f(angle) for angle in angles for f in (torch.sin, torch.cos)], dim=1)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), table])[None].float()
+
+
+def visible_ids(bool_masked_pos: Tensor, num_patches: int) -> Tensor:
+    """Indices of the visible patches, ascending: `(B, N)` bool -> `(B, V)` int64.
+
+    Raises:
+        ValueError: another dtype or length, rows with different counts, or a row without a visible patch.
+    """
+    if bool_masked_pos.dtype != torch.bool or bool_masked_pos.ndim != 2 or bool_masked_pos.shape[1] != num_patches:
+        raise ValueError(
+            f"bool_masked_pos has dtype {bool_masked_pos.dtype} and shape {tuple(bool_masked_pos.shape)};"
+            f" bool and (images, {num_patches} patches) are expected, True = masked"
+        )
+    hidden = bool_masked_pos.sum(1)
+    low, high = hidden.aminmax()
+    if low != high:
+        raise ValueError(
+            f"bool_masked_pos masks between {int(low)} and {int(high)} patches a row; mask equally many in each image"
+        )
+    if high == num_patches:
+        raise ValueError(f"bool_masked_pos masks all {num_patches} patches; the encoder needs at least one visible")
+    order = bool_masked_pos.to(torch.uint8).argsort(dim=1, stable=True)
+    return order[:, : num_patches - int(high)]
+
+
+class EHMPatchEmbeddings(nn.Module):
+    """Linear projection of flattened patches; its weight has the shape of ViT's convolution."""
+
+    def __init__(self, config: EHMConfig):
+        super().__init__()
+        self.num_channels = config.num_channels
+        self.patch_size = to_pair(config.patch_size)
+        self.projection = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=self.patch_size, stride=self.patch_size
+        )
+
+    def grid_of(self, pixel_values: Tensor) -> tuple[int, int]:
+        """Patches along height and width; errors on pixels that this model cannot take."""
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != self.num_channels:
+            raise ValueError(
+                f"pixel_values has shape {tuple(pixel_values.shape)}; (images, num_channels={self.num_channels},"
+                " height, width) is expected: set do_convert_rgb in the image processor, or num_channels in the config"
+            )
+        (height, width), (patch_height, patch_width) = pixel_values.shape[2:], self.patch_size
+        if height % patch_height or width % patch_width or not height or not width:
+            raise ValueError(
+                f"pixel_values is {height}x{width} (height x width), not a multiple of patch_size={self.patch_size};"
+                " resize or crop the images"
+            )
+        return height // patch_height, width // patch_width
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """`(B, V, P*P*C)` in the order of `patchify` -> `(B, V, D)`."""
+        weight = self.projection.weight.permute(0, 2, 3, 1).flatten(1)  # (D, P*P*C)
+        return F.linear(patches.to(weight.dtype), weight, self.projection.bias)
+
+
+class EHMEmbeddings(nn.Module):
+    """Patches and class token with their positions; patches may be left out or replaced by mask tokens."""
+
+    def __init__(self, config: EHMConfig):
+        super().__init__()
+        self.grid_size = config.grid_size
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        # Only SimMIM shows the encoder mask tokens; in MAE they belong to the decoder.
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size)) if config.objective == "simmim" else None
+        self.patch_embeddings = EHMPatchEmbeddings(config)
+        # A buffer: `from_pretrained` makes every float parameter trainable, and this table is fixed.
+        self.register_buffer("position_embeddings", torch.zeros(1, 1 + config.num_patches, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def positions(self, grid_size: tuple[int, int]) -> Tensor:
+        """`(1, 1 + N, D)` for any grid."""
+        return positions_for(grid_size, self.grid_size, self.position_embeddings)
+
+    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+        grid_size = self.patch_embeddings.grid_of(pixel_values)
+        positions = self.positions(grid_size)
+        patches = patchify(pixel_values, self.patch_embeddings.patch_size)  # (B, N, P*P*C)
+        if bool_masked_pos is not None:
+            ids_keep = visible_ids(bool_masked_pos, patches.shape[1])  # (B, V); checks the mask
+        if bool_masked_pos is None or self.mask_token is not None:
+            hidden_states = self.patch_embeddings(patches)  # (B, N, D)
+            if bool_masked_pos is not None:
+                mask_token = self.mask_token.to(hidden_states.dtype)
+                hidden_states = torch.where(bool_masked_pos[..., None], mask_token, hidden_states)
+            hidden_states = hidden_states + positions[:, 1:]
+        else:
+            visible = patches.gather(1, ids_keep[..., None].expand(-1, -1, patches.shape[2]))  # (B, V, P*P*C)
+            hidden_states = self.patch_embeddings(visible) + positions[0, 1:][ids_keep]  # (B, V, D)
+        cls_token = (self.cls_token + positions[:, :1]).expand(len(patches), -1, -1).to(hidden_states.dtype)
+        return self.dropout(torch.cat([cls_token, hidden_states], dim=1))  # (B, 1 + V, D)
+
+
+def positions_for(grid_size: tuple[int, int], native_grid: tuple[int, int], table: Tensor) -> Tensor:
+    """The stored table on the native grid, else the exact sin-cos positions of `grid_size`; `(1, 1 + N, D)`."""
+    if grid_size == native_grid:
+        return table
+    return sincos_positions(grid_size, table.shape[-1]).to(table)
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask=None,
+    scaling=None,
+    dropout=0.0,
+    **kwargs,
+) -> tuple[Tensor, Tensor]:
+    """Attention that keeps its map: `(B, heads, T, head_dim)` -> `(B, T, heads, head_dim)`, `(B, heads, T, T)`."""
+    weights = (query @ key.transpose(2, 3)) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    output = F.dropout(weights, p=dropout, training=module.training) @ value
+    return output.transpose(1, 2).contiguous(), weights
+
+
+class EHMAttention(nn.Module):
+    def __init__(self, config: EHMConfig, hidden_size: int, num_heads: int):
+        super().__init__()
+        self.config = config
+        self.head_dim = hidden_size // num_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(hidden_size, hidden_size)
+
+    def split_heads(self, projected: Tensor) -> Tensor:
+        """`(B, T, D)` -> `(B, heads, T, head_dim)`."""
+        return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+    def query_key(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, each `(B, heads, T, head_dim)`."""
+        return self.split_heads(self.q_proj(hidden_states)), self.split_heads(self.k_proj(hidden_states))
+
+    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+        query, key = self.query_key(hidden_states)
+        return self.attend(query, key, hidden_states, **kwargs)
+
+    def attend(self, query: Tensor, key: Tensor, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+        value = self.split_heads(self.v_proj(hidden_states))
+        attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        if kwargs.get("output_attentions"):
+            attention = eager_attention  # fused kernels keep no map and would return none without a word
+        dropout = self.config.attention_probs_dropout_prob if self.training else 0.0
+        output, weights = attention(self, query, key, value, None, dropout=dropout, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.flatten(2)), weights
+
+
+class EHMMLP(nn.Module):
+    def __init__(self, config: EHMConfig, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.activation_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(hidden_size, intermediate_size)
+        self.fc2 = nn.Linear(intermediate_size, hidden_size)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.fc2(self.activation_fn(self.fc1(hidden_states)))
+
+
+class EHMLayer(GradientCheckpointingLayer):
+    """Pre-norm transformer layer of the encoder and of the decoder; the sizes are arguments."""
+
+    def __init__(self, config: EHMConfig, hidden_size: int, num_heads: int, intermediate_size: int):
+        super().__init__()
+        self.attention = EHMAttention(config, hidden_size, num_heads)
+        self.layernorm_before = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.layernorm_after = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
+        self.mlp = EHMMLP(config, hidden_size, intermediate_size)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: Tensor, query_key: str | None = None, **kwargs) -> Tensor | tuple[Tensor, ...]:
+        """`(B, T, D)` -> `(B, T, D)`.
+
+        Args:
+            hidden_states: Tokens.
+            query_key: None for the plain layer; "also" returns `(hidden_states, query, key)`; "only" stops after the
+                projections and returns `(query, key)`. A flag of `forward`, so that wrappers which gather sharded
+                weights around a layer's call also serve the teacher.
+        """
+        normed = self.layernorm_before(hidden_states)
+        if query_key is None:
+            attended, _ = self.attention(normed, **kwargs)
+        else:
+            query, key = self.attention.query_key(normed)
+            if query_key == "only":
+                return query, key
+            attended, _ = self.attention.attend(query, key, normed, **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        return hidden_states if query_key is None else (hidden_states, query, key)
+
+
+def attention_affinity(query: Tensor, key: Tensor, scaling: float, num_prefix: int = 1) -> Tensor:
+    """Softmaxed attention averaged over heads, prefix tokens' rows and columns removed; `(B, N, N)` float32."""
+    weights = ((query @ key.transpose(2, 3)) * scaling).softmax(dim=-1, dtype=torch.float32)
+    return weights[..., num_prefix:, num_prefix:].mean(1)
+
+
+def key_affinity(key: Tensor, num_prefix: int = 1) -> Tensor:
+    """Cosine of the patches' keys, all heads joined; `(B, heads, T, head_dim)` -> `(B, N, N)` float32."""
+    joined = F.normalize(key.transpose(1, 2).flatten(2)[:, num_prefix:].float(), dim=-1)
+    return joined @ joined.transpose(1, 2)
+
+
+class EHMPreTrainedModel(PreTrainedModel):
+    config: EHMConfig
+    base_model_prefix = "ehm"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["EHMEmbeddings", "EHMLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {"hidden_states": EHMLayer, "attentions": EHMAttention}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        """MAE's initialisation. `init.*` leaves alone what a checkpoint has filled."""
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, EHMAttention):
+            # MAE draws queries, keys and values as one (3D, D) matrix: fan-in + fan-out is 4D where ours has 2D.
+            for projection in (module.q_proj, module.k_proj, module.v_proj):
+                init.xavier_uniform_(projection.weight, gain=0.5**0.5)
+        elif isinstance(module, EHMPatchEmbeddings):
+            init.xavier_uniform_(module.projection.weight.view(module.projection.weight.shape[0], -1))
+            init.zeros_(module.projection.bias)
+        elif isinstance(module, EHMEmbeddings):
+            init.normal_(module.cls_token, std=self.config.initializer_range)
+            if module.mask_token is not None:
+                init.normal_(module.mask_token, std=self.config.initializer_range)
+            init.copy_(module.position_embeddings, sincos_positions(self.config.grid_size, self.config.hidden_size))
+        elif isinstance(module, EHMDecoder):
+            init.normal_(module.mask_token, std=self.config.initializer_range)
+            table = sincos_positions(self.config.grid_size, self.config.decoder_hidden_size)
+            init.copy_(module.decoder_pos_embed, table)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As usual, and the directory then serves AutoModel and AutoModelForPreTraining alike, code included."""
+        if self.is_remote_code():
+            self.config.auto_map = dict(AUTO_MAP)
+        return super().save_pretrained(save_directory, **kwargs)
+
+
+class EHMModel(EHMPreTrainedModel):
+    """The encoder. It never masks by itself, so two forwards in eval mode give equal tensors."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]  # a pre-training checkpoint holds them too
+
+    def __init__(self, config: EHMConfig):
+        super().__init__(config)
+        self.embeddings = EHMEmbeddings(config)
+        sizes = config.hidden_size, config.num_attention_heads, config.intermediate_size
+        self.layers = nn.ModuleList([EHMLayer(config, *sizes) for _ in range(config.num_hidden_layers)])
+        self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embeddings
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    def forward(
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, **kwargs
+    ) -> BaseModelOutputWithPooling:
+        """Encode images.
+
+        Args:
+            pixel_values: `(B, C, H, W)`, normalised as the image processor does; H and W multiples of the patch.
+            bool_masked_pos: `(B, N)` bool, True = masked, the same count in each row. Masked patches are left out
+                (objective "mae") or replaced by the mask token ("simmim"). None: nothing is masked.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. `interpolate_pos_encoding` is accepted
+                for stock pipelines and changes nothing: positions are made for the grid at hand.
+
+        Returns:
+            `last_hidden_state` `(B, 1 + V, D)`, after the final norm, class token first, patches in image order;
+            `pooler_output` `(B, D)`, the mean of its patch tokens (no weights, no class token); `hidden_states`, the
+            last of them before the final norm; `attentions`.
+        """
+        kwargs.pop("interpolate_pos_encoding", None)
+        hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # (B, 1 + V, D)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, **kwargs)
+        hidden_states = self.layernorm(hidden_states)
+        return BaseModelOutputWithPooling(
+            last_hidden_state=hidden_states, pooler_output=hidden_states[:, 1:].mean(dim=1)
+        )
+
+    @torch.no_grad()
+    def patch_affinity(self, pixel_values: Tensor) -> Tensor:
+        """How alike the patches of each image are to this encoder, as `affinity` and `affinity_layers` say.
+
+        Runs over all patches, without gradient and dropout, and stops after the last layer it reads.
+
+        Returns:
+            `(B, N, N)` float32, symmetric, larger = more alike.
+        """
+        chosen = self.config.resolved_affinity_layers
+        with _without_dropout(self):
+            hidden_states = self.embeddings(pixel_values)  # (B, 1 + N, D)
+            total = 0
+            for index, layer in enumerate(self.layers[: chosen[-1] + 1]):
+                if index not in chosen:
+                    hidden_states = layer(hidden_states)
+                    continue
+                if index == chosen[-1]:
+                    query, key = layer(hidden_states, query_key="only")
+                else:
+                    hidden_states, query, key = layer(hidden_states, query_key="also")
+                if self.config.affinity == "attention":
+                    total = total + attention_affinity(query, key, layer.attention.scaling)
+                else:
+                    total = total + key_affinity(key)
+        return symmetrize(total / len(chosen))
+
+    def parse_hierarchy(self, pixel_values: Tensor) -> PatchHierarchy:
+        """Parse images `(B, C, H, W)` into binary trees over their patches."""
+        grid_size = self.embeddings.patch_embeddings.grid_of(pixel_values)
+        return build_hierarchy(self.patch_affinity(pixel_values), self.config.linkage, grid_size)
+
+
+@contextmanager
+def _without_dropout(model: nn.Module):
+    """Evaluation mode for a while, where dropout would make affinities random; a no-op otherwise."""
+    config = model.config
+    switch = model.training and (config.hidden_dropout_prob > 0 or config.attention_probs_dropout_prob > 0)
+    if switch:
+        model.eval()
+    try:
+        yield
+    finally:
+        if switch:
+            model.train()
+
+
+class EHMDecoder(nn.Module):
+    """MAE's decoder: visible tokens and mask tokens at all positions -> pixels of every patch."""
+
+    def __init__(self, config: EHMConfig):
+        super().__init__()
+        width = config.decoder_hidden_size
+        self.grid_size = config.grid_size
+        self.decoder_embed = nn.Linear(config.hidden_size, width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.register_buffer("decoder_pos_embed", torch.zeros(1, 1 + config.num_patches, width))
+        sizes = width, config.decoder_num_attention_heads, config.decoder_intermediate_size
+        self.decoder_layers = nn.ModuleList([EHMLayer(config, *sizes) for _ in range(config.decoder_num_hidden_layers)])
+        self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.decoder_pred = nn.Linear(width, config.patch_dim)
+
+    def forward(self, visible: Tensor, bool_masked_pos: Tensor, grid_size: tuple[int, int]) -> Tensor:
+        """`(B, 1 + V, D)` and `(B, N)` -> `(B, N, P*P*C)`."""
+        hidden_states = self.decoder_embed(visible)  # (B, 1 + V, D_dec)
+        # Visible tokens are in image order, so the place of each is the number of visible patches before it.
+        place = (~bool_masked_pos).cumsum(1)  # (B, N); index 0 is the class token, never taken: see the where below
+        spread = hidden_states.gather(1, place[..., None].expand(-1, -1, hidden_states.shape[2]))  # (B, N, D_dec)
+        mask_token = self.mask_token.to(hidden_states.dtype)
+        patches = torch.where(bool_masked_pos[..., None], mask_token, spread)
+        hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
+        hidden_states = hidden_states + positions_for(grid_size, self.grid_size, self.decoder_pos_embed)
+        for layer in self.decoder_layers:
+            hidden_states = layer(hidden_states)
+        return self.decoder_pred(self.decoder_norm(hidden_states)[:, 1:])
+
+
+class EHMForPreTraining(EHMPreTrainedModel):
+    """Masked image modelling whose masks come from the hierarchy that the model itself sees in each image.
+
+    Attributes:
+        progress: Finished fraction of pre-training, in [0, 1]; a callback of the Trainer sets it before each step.
+        timings: None, or a dict into which the seconds of "teacher" and "tree" are added (synchronises the device).
+    """
+
+    # The loss is a mean over this batch's hidden patches; Trainer must divide it by the accumulation steps itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: EHMConfig):
+        super().__init__(config)
+        self.progress: float | None = None
+        self.timings: dict[str, float] | None = None
+        self._teacher: tuple[EHMModel] | None = None  # in a tuple, out of the module tree: not trained, not saved
+        self.ehm = EHMModel(config)
+        if config.objective == "mae":
+            self.decoder = EHMDecoder(config)
+        else:
+            self.decoder = nn.Linear(config.hidden_size, config.patch_dim)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.ehm.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: Tensor,
+        bool_masked_pos: Tensor | None = None,
+        progress: float | None = None,
+        mask_seed: Tensor | None = None,
+        return_loss: bool = True,
+        **kwargs,
+    ) -> EHMForPreTrainingOutput:
+        """Hide patches, encode the others, reconstruct the hidden ones.
+
+        Args:
+            pixel_values: `(B, C, H, W)`, as the image processor returns them.
+            bool_masked_pos: `(B, N)` bool, True = masked, the same count in each row; made from the model's own
+                hierarchy if None.
+            progress: Finished fraction of pre-training, in [0, 1]. None: `self.progress` in training mode, 1 (the
+                final masks, so that losses of different checkpoints compare) in evaluation mode.
+            mask_seed: `(B,)` int64, one number a sample; the mask is a pure function of it and the image's tree,
+                whatever the batch, process or device. None draws from torch's generator.
+            return_loss: Whether to compute the loss.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Raises:
+            ValueError: pixels or a mask that do not fit; training without progress; `progress` outside [0, 1].
+        """
+        grid_size = self.get_input_embeddings().grid_of(pixel_values)
+        if bool_masked_pos is None:
+            bool_masked_pos = self.evolve_mask(pixel_values, progress, mask_seed)  # (B, N), True = masked
+        outputs = self.ehm(pixel_values, bool_masked_pos, **kwargs)  # (B, 1 + V, D), or 1 + N for SimMIM
+        if self.config.objective == "mae":
+            logits = self.decoder(outputs.last_hidden_state, bool_masked_pos, grid_size)  # (B, N, P*P*C)
+        else:
+            logits = self.decoder(outputs.last_hidden_state[:, 1:])  # (B, N, P*P*C)
+        return EHMForPreTrainingOutput(
+            loss=self.reconstruction_loss(logits, pixel_values, bool_masked_pos) if return_loss else None,
+            logits=logits,
+            mask=bool_masked_pos,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    def reconstruction_loss(self, logits: Tensor, pixel_values: Tensor, bool_masked_pos: Tensor) -> Tensor:
+        """Mean squared ("mae") or absolute ("simmim") error over the hidden patches, in float32."""
+        if not bool_masked_pos.any():
+            raise ValueError("bool_masked_pos masks no patch, so there is nothing to predict; mask at least one a row")
+        target = patchify(pixel_values.float(), to_pair(self.config.patch_size))[bool_masked_pos]  # (B * hidden, P*P*C)
+        if self.config.norm_pix_loss:
+            target = normalize_patches(target)
+        error = F.mse_loss if self.config.objective == "mae" else F.l1_loss
+        return error(logits[bool_masked_pos].float(), target)
+
+    @torch.compiler.disable  # rounds of merging depend on the data
+    @torch.no_grad()
+    def evolve_mask(
+        self, pixel_values: Tensor, progress: float | None = None, mask_seed: Tensor | None = None
+    ) -> Tensor:
+        """Masks for these images at this point of training; arguments as in `forward`.
+
+        Returns:
+            `(B, N)` bool, True = masked, `round(mask_ratio * N)` True in each row.
+        """
+        rows, columns = self.get_input_embeddings().grid_of(pixel_values)
+        if mask_seed is None:
+            mask_seed = draw_mask_seeds(len(pixel_values), pixel_values.device)
+        elif mask_seed.shape != (len(pixel_values),):
+            raise ValueError(
+                f"mask_seed has shape {tuple(mask_seed.shape)}; one number an image, ({len(pixel_values)},)"
+            )
+        if self.config.mask_policy == "random":
+            scores = random_scores(mask_seed.to(pixel_values.device), rows * columns)
+        else:
+            num_nodes, softness = self.mask_schedule(progress, rows * columns)
+            scores = mask_scores(self.parse_hierarchy(pixel_values), num_nodes, mask_seed, softness)
+        return mask_from_scores(scores, self.config.num_hidden_patches(rows * columns))
+
+    def mask_schedule(self, progress: float | None = None, num_patches: int | None = None) -> tuple[int, float]:
+        """Node count and softness at this point of training; native number of patches if None."""
+        if progress is None:
+            progress = self.progress if self.training else 1.0
+        if progress is None:
+            raise ValueError(
+                "progress is not known, and evolved masks depend on it: pass progress=step / max_steps, or add"
+                " modeling_ehm.training.ProgressCallback() to the Trainer"
+            )
+        config = self.config
+        start, end = config.num_nodes_range(config.num_patches if num_patches is None else num_patches)
+        softness = softness_at(progress, config.softness_start, config.softness_end)
+        return num_nodes_at(progress, start, end, config.num_nodes_curve), softness
+
+    @torch.no_grad()
+    def parse_hierarchy(self, pixel_values: Tensor) -> PatchHierarchy:
+        """Parse images `(B, C, H, W)` into trees, with the teacher that the config names."""
+        teacher = self.teacher_encoder()
+        grid_size = self.get_input_embeddings().grid_of(pixel_values)
+        with self._timed("teacher"):
+            affinity = teacher.patch_affinity(pixel_values)  # (B, N, N)
+        with self._timed("tree"):
+            return build_hierarchy(affinity, self.config.linkage, grid_size)
+
+    def teacher_encoder(self) -> EHMModel:
+        """The encoder whose affinities build the trees: this one, or the attached moving average of it.
+
+        Raises:
+            RuntimeError: `teacher="ema"` in training, and none is attached. In evaluation mode, and so after
+                `from_pretrained`, the weights at hand are the finished model's and serve as their own teacher.
+        """
+        if self.config.teacher == "online" or (self._teacher is None and not self.training):
+            return self.ehm
+        if self._teacher is None:
+            raise RuntimeError(
+                "teacher='ema' but no moving average is attached: train with modeling_ehm.training.EHMTrainer, call"
+                " attach_teacher(encoder), or set teacher='online'"
+            )
+        return self._teacher[0]
+
+    def attach_teacher(self, encoder: EHMModel | None) -> None:
+        """Let `encoder` build the trees when `teacher="ema"`. It is neither trained, nor moved, nor saved from here."""
+        self._teacher = None if encoder is None else (encoder,)
+
+    @contextmanager
+    def _timed(self, part: str):
+        if self.timings is None:
+            yield
+            return
+        started = self._now()
+        yield
+        self.timings[part] = self.timings.get(part, 0.0) + self._now() - started
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+EHMModel.register_for_auto_class("AutoModel")
+EHMForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+
+__all__ = ["EHMForPreTraining", "EHMForPreTrainingOutput", "EHMModel", "EHMPreTrainedModel"]

@@ -1,0 +1,77 @@
+"""Arguments of pre-training: `transformers.TrainingArguments` with MAE's recipe as defaults, and a few more."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+from transformers.integrations import is_tensorboard_available
+
+
+@dataclass
+class EHMTrainingArguments(TrainingArguments):
+    """The `training` section of a recipe.
+
+    Defaults that differ from the Trainer's are MAE's pre-training recipe (He et al. 2022, Appendix A.1; their code):
+    AdamW with betas 0.9 and 0.95, weight decay 0.05 on matrices only, learning rate = base rate x batch / 256, linear
+    warm-up, half a cosine down to 0, no gradient clipping.
+
+    Attributes:
+        base_learning_rate: Rate for a batch of 256; sets `learning_rate`. None leaves `learning_rate` alone.
+        global_batch_size: Images per optimiser step over all processes; sets `per_device_train_batch_size`, so that a
+            recipe means the same on 1 and on 8 processes. None leaves `per_device_train_batch_size` alone.
+        num_gallery_images: Images of the gallery that is drawn at each evaluation; 0 draws none.
+        linear_probe: Whether evaluations add a linear probe to k-NN.
+        attn_implementation: Attention kernels: "sdpa", "eager" (the faster one for bfloat16 on CPUs), or another that
+            transformers offers.
+        resume: "auto" goes on from the newest checkpoint in `output_dir` if there is one; "no" starts afresh; else a
+            checkpoint folder.
+    """
+
+    base_learning_rate: float | None = field(default=None, metadata={"help": "learning rate for a batch of 256"})
+    global_batch_size: int | None = field(default=None, metadata={"help": "images per optimiser step, all processes"})
+    num_gallery_images: int = field(default=4, metadata={"help": "images of the gallery; 0 draws none"})
+    linear_probe: bool = field(default=True, metadata={"help": "add a linear probe to k-NN"})
+    attn_implementation: str = field(default="sdpa", metadata={"help": "attention kernels: sdpa, eager, ..."})
+    resume: str = field(default="auto", metadata={"help": "auto, no, or a checkpoint folder"})
+
+    adam_beta2: float = 0.95
+    weight_decay: float = 0.05
+    max_grad_norm: float = 0.0
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = 0.1
+    optim: str = "adamw_torch_fused"
+    logging_nan_inf_filter: bool = False  # the Trainer's default would hide a diverged loss behind an average
+    save_total_limit: int | None = 3
+    per_device_eval_batch_size: int = 128
+    remove_unused_columns: bool = False
+    train_sampling_strategy: str = "sequential"  # positions in order: the data set itself is shuffled
+    ddp_find_unused_parameters: bool | None = False
+
+    def __post_init__(self):
+        if self.report_to is None:
+            self.report_to = ["tensorboard"] if is_tensorboard_available() else []
+        if self.hub_token is not None:
+            raise ValueError(
+                "training.hub_token would be written to files; log in with `hf auth login` or set HF_TOKEN"
+            )
+        if self.train_sampling_strategy != "sequential":
+            raise ValueError(
+                f"training.train_sampling_strategy={self.train_sampling_strategy!r} must stay 'sequential': the data"
+                " set itself is shuffled by (seed, pass), and a second shuffling would undo exact resuming"
+            )
+        super().__post_init__()
+        if self.global_batch_size is not None:
+            share = self.world_size * self.gradient_accumulation_steps
+            if self.global_batch_size % share or self.global_batch_size < 1:
+                raise ValueError(
+                    f"training.global_batch_size={self.global_batch_size} cannot be split over {self.world_size}"
+                    f" processes x gradient_accumulation_steps={self.gradient_accumulation_steps}; make it a multiple of"
+                    f" {share}"
+                )
+            self.per_device_train_batch_size = self.global_batch_size // share
+        if self.base_learning_rate is not None:
+            self.learning_rate = self.base_learning_rate * self.images_per_step / 256
+
+    @property
+    def images_per_step(self) -> int:
+        """Images per optimiser step over all processes and accumulated batches."""
+        return self.train_batch_size * self.gradient_accumulation_steps * self.world_size

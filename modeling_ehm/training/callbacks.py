@@ -1,0 +1,70 @@
+"""What the Trainer must tell the model: how far training is, and a teacher that follows the weights."""
+
+import copy
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from modeling_ehm.modeling_ehm import EHMModel
+
+TEACHER_FILE = "ema_teacher.safetensors"
+
+
+class ProgressCallback(TrainerCallback):
+    """Hands the finished fraction of training to the model before each step. All that a plain `Trainer` needs."""
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        model.progress = state.global_step / state.max_steps
+
+
+def ema_decay_at(step: int, decay: float, warmup_steps: int) -> float:
+    """Decay of the moving average at an optimiser step: `1 - 1 / (1 + step / warmup_steps)`, at most `decay`."""
+    return decay if warmup_steps == 0 else min(decay, 1 - 1 / (1 + step / warmup_steps))
+
+
+class EMATeacherCallback(TrainerCallback):
+    """Keeps the moving average of the encoder that builds the hierarchies when `teacher="ema"`.
+
+    The average lives beside the model, not in it: it is not trained, not wrapped, and its file in a checkpoint is
+    `ema_teacher.safetensors`.
+    """
+
+    def __init__(self):
+        self.encoder: EHMModel | None = None
+        self.resumed_from: Path | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if model.config.teacher != "ema":
+            return
+        self.encoder = copy.deepcopy(model.ehm).requires_grad_(False).eval()
+        if self.resumed_from is not None:
+            self.load(self.resumed_from)
+        model.attach_teacher(self.encoder)
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.encoder is None:
+            return
+        decay = ema_decay_at(state.global_step, model.config.teacher_decay, model.config.teacher_warmup_steps)
+        for average, weight in zip(self.encoder.parameters(), model.ehm.parameters(), strict=True):
+            average.lerp_(weight.detach().to(average), 1 - decay)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the average into a checkpoint folder; nothing if there is none."""
+        if self.encoder is not None:
+            save_file(self.encoder.state_dict(), Path(folder) / TEACHER_FILE, metadata={"format": "pt"})
+
+    def load(self, folder: str | Path) -> None:
+        """Read the average from a checkpoint folder.
+
+        Raises:
+            FileNotFoundError: the folder has none; a fresh average would silently change the masks.
+        """
+        path = Path(folder) / TEACHER_FILE
+        if not path.exists():
+            raise FileNotFoundError(
+                f"{path} is missing, and teacher='ema' cannot resume without it; set teacher='online'"
+            )
+        self.encoder.load_state_dict(load_file(path))

@@ -1,0 +1,492 @@
+"""Images for pre-training: any source that `datasets` reads -> keyed order -> decoded crops -> batches.
+
+One rule makes order, crops and masks independent of processes, workers and interruptions: a training example is a
+function of its *position* in one endless sequence of samples. Position p belongs to global batch p // batch size.
+Which sample stands there, how it is cropped and the seed of its mask follow from (seed, pass over the data, sample),
+through counter-based randomness (Philox), never from a generator that remembers what was drawn before.
+
+So the training set is an ordinary map-style dataset over positions, read in order: the Trainer's own sampler splits
+batches over processes and workers, and skips to any step on resume without decoding what it skips.
+"""
+
+import io
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset, Image, IterableDataset, load_dataset
+from PIL import Image as PILImage
+from PIL import ImageOps
+from torch import Tensor
+
+# Streams of randomness under one seed.
+ORDER_STREAM, SAMPLE_STREAM = 0, 1
+MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "MPO")
+READ_AHEAD = 64  # encoded rows fetched at a time from a stream
+IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+@dataclass
+class ImageSource:
+    """Where images come from: what `datasets.load_dataset` takes, and which columns to read.
+
+    Attributes:
+        path: Hub id, or a builder: "parquet", "imagefolder", "webdataset", ...; "synthetic" is the embedded image set.
+        name: Configuration of the dataset.
+        data_dir: Folder of the files.
+        data_files: File, list of files or mapping from split to files; globs and URLs are allowed.
+        split: Split to read; slices such as "train[:5000]" work when not streaming. For "synthetic", any other
+            split than "train" holds other images.
+        revision: Commit of a Hub dataset; written to the model card.
+        streaming: Read from where the files lie instead of preparing a local copy first.
+        image_column: Column of the images; None takes the only column whose type is Image.
+        label_column: Column of class labels, for probes.
+        segments_column: Column of segment maps, for the hierarchy's accuracy.
+        ignore_index: Value of the segment maps that belongs to no segment.
+        max_images: Read only so many images, the first ones; the size of the set for "synthetic".
+    """
+
+    path: str = "synthetic"
+    name: str | None = None
+    data_dir: str | None = None
+    data_files: str | list | dict | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+    image_column: str | None = None
+    label_column: str | None = None
+    segments_column: str | None = None
+    ignore_index: int | None = None
+    max_images: int | None = None
+
+
+@dataclass
+class DataArguments:
+    """The `data` section of a recipe.
+
+    Attributes:
+        train: Unlabelled images to learn from.
+        probe_train: Labelled images that k-NN and linear probe learn from; None switches the probes off.
+        probe_test: Labelled images they are tested on.
+        segments: Images with segment maps, to score the hierarchy; None switches that off.
+        crop_scale: Share of the image's area that a crop takes, smallest and largest.
+        crop_ratio: Width over height of a crop, smallest and largest.
+        horizontal_flip: Whether half of the crops are mirrored.
+        image_mean: Mean of each channel on the scale 0 to 1, one number a channel.
+        image_std: Standard deviation of each channel.
+        shuffle_window: Samples of a stream that are shuffled among each other; shards are shuffled as wholes.
+        max_skipped_share: Share of undecodable images above which the run stops.
+        max_pixels: Larger images are not decoded but recorded as skipped (decompression bombs).
+    """
+
+    train: ImageSource = field(default_factory=ImageSource)
+    probe_train: ImageSource | None = None
+    probe_test: ImageSource | None = None
+    segments: ImageSource | None = None
+    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
+    crop_ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    horizontal_flip: bool = True
+    image_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
+    image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
+    shuffle_window: int = 2048
+    max_skipped_share: float = 0.01
+    max_pixels: int = 178_956_970
+
+    def __post_init__(self):
+        for name, low, high in (("crop_scale", 0, 1), ("crop_ratio", 0, float("inf"))):
+            value = getattr(self, name)
+            if len(value) != 2 or not low < value[0] <= value[1] <= high:
+                raise ValueError(f"data.{name}={value} must be two rising numbers above {low}, at most {high}")
+        if len(self.image_mean) != len(self.image_std) or min(self.image_std) <= 0:
+            raise ValueError(
+                f"data.image_mean={self.image_mean} and data.image_std={self.image_std} must hold one number a channel,"
+                " the latter positive"
+            )
+        if self.shuffle_window < 1:
+            raise ValueError(
+                f"data.shuffle_window={self.shuffle_window} must be at least 1 (1 keeps the stream's order)"
+            )
+        if not 0 <= self.max_skipped_share <= 1:
+            raise ValueError(f"data.max_skipped_share={self.max_skipped_share} must lie in [0, 1]")
+        if (self.probe_train is None) != (self.probe_test is None):
+            raise ValueError("data.probe_train and data.probe_test go together: give both, or neither")
+
+
+def keyed_bits(seed: int, stream: int, *key: int, count: int) -> np.ndarray:
+    """`count` uint64 that are a pure function of (seed, stream, key); raw Philox output, the same in every numpy."""
+    words = [int(k) % 2**64 for k in key]
+    counter = np.array([0, *words, *[0] * (3 - len(words))], dtype=np.uint64)
+    philox = np.random.Philox(key=np.array([seed % 2**64, stream], dtype=np.uint64), counter=counter)
+    return philox.random_raw(count)
+
+
+def keyed_order(seed: int, pass_index: int, part: int, count: int) -> np.ndarray:
+    """Permutation of `count` items for one pass over the data, `(count,)` int64."""
+    return keyed_bits(seed, ORDER_STREAM, pass_index, part, count=count).argsort(kind="stable")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One encoded image in the sequence: its pass over the data, its identity in the source, and its bytes or path."""
+
+    pass_index: int
+    sample_id: int
+    encoded: dict
+
+
+class IndexedSamples:
+    """Endless keyed sequence over a dataset with random access; pass p visits every row once, in the order of p."""
+
+    def __init__(self, dataset: Dataset, seed: int):
+        if len(dataset) == 0:
+            raise ValueError("data.train holds no images: check path, data_files and split")
+        self.dataset, self.seed = dataset, seed
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    @property
+    def samples_per_pass(self) -> int:
+        return len(self.dataset)
+
+    def candidates(self, position: int) -> Iterator[Sample]:
+        """The sample at this position, then those that replace it, in order, if it cannot be decoded."""
+        count = len(self.dataset)
+        pass_index, offset = divmod(position, count)
+        if self._order[0] != pass_index:
+            self._order = (pass_index, keyed_order(self.seed, pass_index, 0, count))
+        for step in range(count):
+            row = int(self._order[1][(offset + step) % count])
+            yield Sample(pass_index, row, self.dataset[row]["image"])
+
+
+class StreamedSamples:
+    """Endless keyed sequence over a stream: shards in keyed order, and a keyed order within windows of samples.
+
+    Positions must be asked for in rising order, as a sequential sampler does; going back re-reads from the start.
+    Every worker of every process reads all encoded rows and decodes only its own: that needs no agreement between
+    them, and costs reading (not decoding) in each. Prefer `streaming: false` where the data fit on the local disk.
+    """
+
+    def __init__(self, dataset: IterableDataset, seed: int, window: int):
+        self.dataset, self.seed, self.window = dataset, seed, window
+        self.samples_per_pass: int | None = None  # known after the first pass
+        self._windows: Iterator[tuple[int, list[Sample]]] | None = None
+        self._start, self._samples = 0, []
+
+    def candidates(self, position: int) -> Iterator[Sample]:
+        """As `IndexedSamples.candidates`; replacements come from the same window."""
+        if self._windows is None or position < self._start:
+            first_pass = position // self.samples_per_pass if self.samples_per_pass else 0
+            self._windows = self._read(first_pass)
+            self._start, self._samples = next(self._windows)
+        while position >= self._start + len(self._samples):
+            self._start, self._samples = next(self._windows)
+        offset = position - self._start
+        for step in range(len(self._samples)):
+            yield self._samples[(offset + step) % len(self._samples)]
+
+    def _read(self, pass_index: int) -> Iterator[tuple[int, list[Sample]]]:
+        """Windows of shuffled samples with the position of their first, pass after pass."""
+        start = pass_index * (self.samples_per_pass or 0)
+        while True:
+            pass_start, part = start, 0
+            for samples in self._chunks(pass_index):
+                order = keyed_order(self.seed, pass_index, 1 + part, len(samples))
+                yield start, [samples[i] for i in order]
+                start, part = start + len(samples), part + 1
+            if start == pass_start:
+                raise ValueError("data.train yields no images: check path, data_files and split")
+            self.samples_per_pass = start - pass_start
+            pass_index += 1
+
+    def _chunks(self, pass_index: int) -> Iterator[list[Sample]]:
+        """Runs of `window` samples in the order of this pass's shards."""
+        chunk: list[Sample] = []
+        for shard in keyed_order(self.seed, pass_index, 0, self.dataset.num_shards):
+            for row, encoded in enumerate(self._rows(int(shard))):
+                chunk.append(Sample(pass_index, (int(shard) << 40) | row, encoded))
+                if len(chunk) == self.window:
+                    yield chunk
+                    chunk = []
+        if chunk:
+            yield chunk
+
+    def _rows(self, shard: int) -> Iterator[dict]:
+        """Encoded images of one shard. `.iter` rather than `__iter__`, which would drop rows in DataLoader workers."""
+        for batch in self.dataset.shard(self.dataset.num_shards, shard).iter(batch_size=READ_AHEAD):
+            yield from batch["image"]
+
+
+def open_source(source: ImageSource, image_size: tuple[int, int]) -> Dataset | IterableDataset:
+    """Open a source as `datasets` does. `image_size` (height, width) is that of the embedded synthetic images."""
+    if source.path == "synthetic":
+        from modeling_ehm.training.synthetic import as_hf_dataset, as_hf_iterable
+
+        first = 0 if source.split == "train" else 10_000_000  # other splits hold other images
+        make = as_hf_iterable if source.streaming else as_hf_dataset
+        dataset = make(source.max_images or 10_000, image_size=image_size, first_index=first)
+    else:
+        dataset = load_dataset(
+            source.path,
+            source.name,
+            data_dir=source.data_dir,
+            data_files=source.data_files,
+            split=source.split,
+            revision=source.revision,
+            streaming=source.streaming,
+        )
+    if source.max_images is not None and source.path != "synthetic":
+        dataset = (
+            dataset.take(source.max_images) if source.streaming else dataset.take(min(source.max_images, len(dataset)))
+        )
+    return dataset
+
+
+def find_image_column(dataset: Dataset | IterableDataset, source: ImageSource) -> str:
+    """The column named in the source, or the only one whose feature type is Image.
+
+    Raises:
+        ValueError: no such column, none of type Image, or several of them.
+    """
+    features = dataset.features if dataset.features is not None else dataset._resolve_features().features
+    if source.image_column is not None:
+        if source.image_column not in features:
+            raise ValueError(f"image_column={source.image_column!r} is not among the columns {list(features)}")
+        return source.image_column
+    columns = [name for name, feature in features.items() if isinstance(feature, Image)]
+    columns = [name for name in columns if name != source.segments_column]
+    if len(columns) != 1:
+        found = f"columns of type Image: {columns}" if columns else f"no column of type Image among {list(features)}"
+        raise ValueError(f"{source.path}: {found}; name the one to read as image_column")
+    return columns[0]
+
+
+def open_samples(source: ImageSource, seed: int, window: int, image_size: tuple[int, int]):
+    """Open a source as an endless keyed sequence of encoded images."""
+    dataset = open_source(source, image_size)
+    column = find_image_column(dataset, source)
+    dataset = dataset.select_columns([column]).cast_column(column, Image(decode=False))
+    if column != "image":
+        dataset = dataset.rename_column(column, "image")
+    if isinstance(dataset, Dataset):
+        return IndexedSamples(dataset, seed)
+    return StreamedSamples(dataset, seed, window)
+
+
+def decode_image(encoded: dict, num_channels: int, max_pixels: int) -> PILImage.Image:
+    """Decode `{"bytes", "path"}` into an upright PIL image with 1 (L), 3 (RGB) or 4 (RGBA) channels.
+
+    Sixteen-bit images are scaled to eight bits, EXIF orientation is applied, of animations the first frame is taken.
+
+    Raises:
+        ValueError: more than `max_pixels` pixels, or a number of channels that image files do not have.
+        OSError, SyntaxError, ...: whatever Pillow raises on broken files.
+    """
+    if num_channels not in MODES:
+        raise ValueError(f"num_channels={num_channels}: image files have 1, 3 or 4; for others write a torch dataset")
+    file = io.BytesIO(encoded["bytes"]) if encoded.get("bytes") is not None else encoded["path"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # max_pixels decides
+        image = PILImage.open(file, formats=FORMATS)
+    if image.width * image.height > max_pixels:
+        raise ValueError(f"{image.width}x{image.height} pixels exceed data.max_pixels={max_pixels}")
+    image.load()
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
+        image = PILImage.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert(MODES[num_channels])
+
+
+def random_resized_crop(
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], uniform: np.ndarray
+) -> tuple[int, int, int, int]:
+    """Box of a crop: torchvision's RandomResizedCrop with its numbers given from outside.
+
+    Args:
+        size: (width, height) of the image in pixels.
+        scale: Smallest and largest share of the area.
+        ratio: Smallest and largest width over height, drawn on a log scale.
+        uniform: 22 numbers in [0, 1): ten tries of area and ratio, then the place.
+
+    Returns:
+        (left, top, right, bottom) in pixels.
+    """
+    width, height = size
+    log_low, log_high = np.log(ratio[0]), np.log(ratio[1])
+    for u_area, u_ratio in uniform[:20].reshape(10, 2):
+        area = width * height * (scale[0] + (scale[1] - scale[0]) * u_area)
+        aspect = np.exp(log_low + (log_high - log_low) * u_ratio)
+        w, h = round(float(np.sqrt(area * aspect))), round(float(np.sqrt(area / aspect)))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(uniform[20] * (width - w + 1)), int(uniform[21] * (height - h + 1))
+            return left, top, left + w, top + h
+    w, h = width, height  # no try fitted: the largest central crop within the bounds of the ratio
+    if width / height < ratio[0]:
+        h = min(height, max(1, round(width / ratio[0])))
+    elif width / height > ratio[1]:
+        w = min(width, max(1, round(height * ratio[1])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def to_uint8_tensor(image: PILImage.Image) -> Tensor:
+    """`(C, H, W)` uint8."""
+    array = np.array(image)
+    return torch.from_numpy(array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1)))
+
+
+class PretrainingImages(torch.utils.data.Dataset):
+    """Training examples by position: decoded, cropped, mirrored, with the seed of their mask.
+
+    Args:
+        samples: Endless keyed sequence of encoded images.
+        data: Crops, flips, limits.
+        seed: Key of crops and masks.
+        image_size: (height, width) of the crops in pixels.
+        num_channels: 1, 3 or 4.
+        num_positions: Length of the sequence that is offered: steps times global batch.
+        record: File to which skipped images are appended, one JSON line each; None keeps no record.
+
+    Each example: `pixel_values` `(C, H, W)` uint8, `mask_seed` int.
+
+    Raises (from `__getitem__`):
+        RuntimeError: more than `data.max_skipped_share` of the images asked for here could not be decoded, or every
+            candidate failed.
+    """
+
+    def __init__(
+        self,
+        samples: IndexedSamples | StreamedSamples,
+        data: DataArguments,
+        seed: int,
+        image_size: tuple[int, int],
+        num_channels: int = 3,
+        num_positions: int = 1,
+        record: Path | None = None,
+    ):
+        self.samples, self.data, self.seed = samples, data, seed
+        self.image_size, self.num_channels = image_size, num_channels
+        self.num_positions, self.record = num_positions, record
+        self.asked = self.skipped = 0  # in this worker
+
+    def __len__(self) -> int:
+        return self.num_positions
+
+    def __getitem__(self, position: int) -> dict:
+        if not 0 <= position < self.num_positions:
+            raise IndexError(f"position={position} is not in [0, {self.num_positions})")
+        self.asked += 1
+        for sample in self.samples.candidates(position):
+            try:
+                image = decode_image(sample.encoded, self.num_channels, self.data.max_pixels)
+                return self.augment(image, sample)
+            except Exception as error:  # Pillow raises nearly every type on broken files
+                self._skip(position, sample, error)
+        raise RuntimeError(f"none of the images around position {position} could be decoded; see {self.record}")
+
+    def augment(self, image: PILImage.Image, sample: Sample) -> dict:
+        """Crop, mirror and seed by (seed, pass, sample): 24 numbers, of which the first is the mask's seed."""
+        bits = keyed_bits(self.seed, SAMPLE_STREAM, sample.pass_index, sample.sample_id, count=24)
+        uniform = (bits[1:] >> np.uint64(11)) * 2.0**-53
+        box = random_resized_crop(image.size, self.data.crop_scale, self.data.crop_ratio, uniform[:22])
+        crop = image.crop(box).resize(self.image_size[::-1], PILImage.Resampling.BICUBIC)
+        if self.data.horizontal_flip and uniform[22] < 0.5:
+            crop = crop.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+        return {"pixel_values": to_uint8_tensor(crop), "mask_seed": int(bits[:1].view(np.int64)[0])}
+
+    def _skip(self, position: int, sample: Sample, error: Exception) -> None:
+        self.skipped += 1
+        if self.record is not None:
+            line = {
+                "position": position,
+                "pass": sample.pass_index,
+                "sample_id": sample.sample_id,
+                "path": sample.encoded.get("path"),
+                "error": f"{type(error).__name__}: {error}",
+            }
+            self.record.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.record, "ab", buffering=0) as file:  # one write a line: workers may append side by side
+                file.write((json.dumps(line) + "\n").encode())
+        if self.asked >= 100 and self.skipped > self.data.max_skipped_share * self.asked:
+            raise RuntimeError(
+                f"{self.skipped} of {self.asked} images could not be decoded, more than"
+                f" data.max_skipped_share={self.data.max_skipped_share}; the last: {type(error).__name__}: {error}."
+                f" See {self.record}; raise the share if that many broken images are expected"
+            )
+
+
+def read_skipped(record: Path) -> list[dict]:
+    """Lines of the record of skipped images, each position's and sample's once, although a resumed run writes anew."""
+    if not record.exists():
+        return []
+    lines = [json.loads(line) for line in record.read_text().splitlines() if line]
+    return list({(line["position"], line["sample_id"]): line for line in lines}.values())
+
+
+class NormalizingCollator:
+    """Stack and normalise uint8 examples: `pixel_values` `(B, C, H, W)` float32, `mask_seed` `(B,)` int64."""
+
+    def __init__(self, image_mean: list[float], image_std: list[float]):
+        self.mean = torch.tensor(image_mean).view(1, -1, 1, 1)
+        self.std = torch.tensor(image_std).view(1, -1, 1, 1)
+
+    def __call__(self, examples: list[dict]) -> dict[str, Tensor]:
+        pixels = torch.stack([example["pixel_values"] for example in examples]).float() / 255
+        return {
+            "pixel_values": (pixels - self.mean) / self.std,
+            "mask_seed": torch.tensor([example["mask_seed"] for example in examples], dtype=torch.int64),
+        }
+
+
+def load_labelled(
+    source: ImageSource, image_size: tuple[int, int], num_channels: int, max_pixels: int = 178_956_970
+) -> dict[str, Tensor]:
+    """Decode a labelled or segmented source into memory, each image resized to `image_size`, without augmentation.
+
+    Returns:
+        `pixels` `(n, C, H, W)` uint8; `labels` `(n,)` int64 if the source names a label column; `segments` `(n, H, W)`
+        int64 if it names a segments column (resized to the nearest value).
+
+    Raises:
+        ValueError: a named column is missing, a label or an image is missing, or there are no images.
+    """
+    dataset = open_source(source, image_size)
+    column = find_image_column(dataset, source)
+    wanted = [c for c in (source.label_column, source.segments_column) if c is not None]
+    missing = [c for c in wanted if c not in dataset.column_names]
+    if missing:
+        raise ValueError(f"{source.path} has no column {missing[0]!r}; its columns are {dataset.column_names}")
+    dataset = dataset.select_columns([column, *wanted]).cast_column(column, Image(decode=False))
+    size, pixels, labels, segments = image_size[::-1], [], [], []
+    for number, row in enumerate(dataset):
+        image = decode_image(row[column], num_channels, max_pixels).resize(size, PILImage.Resampling.BICUBIC)
+        pixels.append(to_uint8_tensor(image))
+        if source.label_column is not None:
+            if row[source.label_column] is None:
+                raise ValueError(f"{source.path}: row {number} has no value in label_column={source.label_column!r}")
+            labels.append(int(row[source.label_column]))
+        if source.segments_column is not None:
+            segments.append(np.array(row[source.segments_column].resize(size, PILImage.Resampling.NEAREST)))
+    if not pixels:
+        raise ValueError(f"{source.path}, split {source.split!r}, holds no images")
+    loaded = {"pixels": torch.stack(pixels)}
+    if labels:
+        loaded["labels"] = torch.tensor(labels)
+    if segments:
+        loaded["segments"] = torch.from_numpy(np.stack(segments).astype(np.int64))
+    return loaded
+
+
+def describe_source(source: ImageSource) -> str:
+    """One line for logs and model cards; local folders are given by their last part only."""
+    files = source.data_files if isinstance(source.data_files, str) else None
+    parts = [source.path if not os.path.isabs(source.path) else os.path.basename(source.path)]
+    parts += [source.name] if source.name else []
+    parts += [os.path.join(*Path(files).parts[-2:])] if files else []
+    parts += [f"split {source.split}"] + ([f"revision {source.revision}"] if source.revision else [])
+    return ", ".join(parts) + (", streamed" if source.streaming else "")

@@ -1,0 +1,155 @@
+"""Model card written from the run, and pushes whose every commit can be loaded."""
+
+import hashlib
+import importlib.metadata
+import json
+import platform
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import yaml
+from huggingface_hub import HfApi
+from transformers import TrainerState
+
+from modeling_ehm.configuration_ehm import EHMConfig
+from modeling_ehm.training.data import read_skipped
+
+# What a model directory is: weights, config, code, processor, card. Not optimiser states, logs or other checkpoints.
+PUSHED_FILES = [
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "*_ehm.py",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "training_args.json",
+    "README.md",
+    "gallery.png",
+    "curves.png",
+]
+VERSIONED = ("modeling_ehm", "torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors")
+TEMPLATE = Path(__file__).with_name("model_card_template.md")
+
+
+@dataclass
+class RunRecord:
+    """What a run says of itself; kept as `run.json` in the output folder, so that it survives interruptions.
+
+    Attributes:
+        recipe: File of the recipe.
+        data: One line on the training images and their revision.
+        model: Fields of the config that the recipe set.
+        training: Training arguments that the recipe set.
+        starts: One entry a start of this run: time, step resumed from, processes, versions.
+        references: Figures that need no training, as k-NN on raw pixels.
+        folder: Output folder.
+    """
+
+    recipe: str
+    data: str
+    model: dict
+    training: dict
+    folder: str
+    starts: list[dict] = field(default_factory=list)
+    references: dict = field(default_factory=dict)
+
+    @property
+    def path(self) -> Path:
+        return Path(self.folder) / "run.json"
+
+    def begin(self, resumed_from: str | None, num_processes: int) -> None:
+        """Note this start, after those that an earlier process noted in the same folder if this one resumes it."""
+        if resumed_from is not None and self.path.exists():
+            self.starts = json.loads(self.path.read_text())["starts"]
+        self.starts.append(
+            {
+                "time": datetime.now(UTC).isoformat(timespec="seconds"),
+                "resumed_from": None if resumed_from is None else Path(resumed_from).name,
+                "processes": num_processes,
+                "python": platform.python_version(),
+                "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+            }
+        )
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text(json.dumps(self.__dict__, indent=2, default=str) + "\n")
+
+
+def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def model_card(run: RunRecord, state: TrainerState, config: EHMConfig, folder: Path) -> str:
+    """Model card as Markdown: recipe, data, figures, masks, lineage, skipped images, versions, hashes of the files."""
+    skipped = read_skipped(Path(run.folder) / "skipped_images.jsonl")
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".py") or p.name == "config.json")
+    files = [p for p in files if not p.name.startswith(("optimizer", "ema_teacher"))]
+    return TEMPLATE.read_text().format(
+        name=Path(run.folder).name,
+        recipe=Path(run.recipe).name,
+        recipe_settings=yaml.safe_dump({"model": run.model, "training": run.training}, sort_keys=False).rstrip(),
+        data=run.data,
+        image_size=config.image_size,
+        patch_size=config.patch_size,
+        masks=_describe_masks(config),
+        steps=state.global_step,
+        max_steps=state.max_steps,
+        figures=_figures(run, state),
+        starts="\n".join(
+            f"- {s['time']}: "
+            + ("started" if s["resumed_from"] is None else f"resumed from {s['resumed_from']}")
+            + f", {s['processes']} process(es), Python {s['python']}, "
+            + ", ".join(f"{name} {version}" for name, version in s["versions"].items())
+            for s in run.starts
+        ),
+        skipped=f"{len(skipped)} undecodable images were skipped; each is listed in skipped_images.jsonl of the run."
+        if skipped
+        else "No image was skipped.",
+        hashes="\n".join(f"| {p.name} | `{sha256_of(p)}` |" for p in files),
+    )
+
+
+def _describe_masks(config: EHMConfig) -> str:
+    if config.mask_policy == "random":
+        return f"random masks (as MAE), ratio {config.mask_ratio}"
+    start, end = config.num_nodes_range(config.num_patches)
+    return (
+        f"evolved hierarchical masks, ratio {config.mask_ratio}: {start} to {end} nodes of {config.num_patches} patches"
+        f" ({config.num_nodes_curve} in progress), softness {config.softness_start} to {config.softness_end},"
+        f" {config.linkage} linkage over {config.affinity} of layers {list(config.resolved_affinity_layers)},"
+        f" {config.teacher} teacher"
+    )
+
+
+def _figures(run: RunRecord, state: TrainerState) -> str:
+    """Table of first and last evaluation, beside the references."""
+    rows = [row for row in state.log_history if any(key.startswith("eval_") for key in row)]
+    losses = [row for row in state.log_history if "loss" in row]
+    lines = (
+        [f"Training loss at the last log (step {losses[-1]['step']}): {losses[-1]['loss']:.4f}.", ""] if losses else []
+    )
+    if not rows:
+        return "\n".join([*lines, "No evaluation was run."])
+    lines += ["| figure | reference | first evaluation | last evaluation |", "| --- | --- | --- | --- |"]
+    for key in (key for key in rows[-1] if key.startswith("eval_") and key != "eval_runtime"):
+        reference = run.references.get(key, "")
+        first = rows[0].get(key, float("nan"))
+        reference = f"{reference:.3f}" if isinstance(reference, float) else reference
+        figures = f"{first:.3f} (step {rows[0]['step']}) | {rows[-1][key]:.3f} (step {rows[-1]['step']})"
+        lines.append(f"| {key[5:]} | {reference} | {figures} |")
+    return "\n".join(lines)
+
+
+def push_folder(folder: str | Path, repo_id: str, message: str):
+    """Upload a model directory in one commit; the code travels in the same commit as the config that names it."""
+    return HfApi().upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=message,
+        allow_patterns=PUSHED_FILES,
+        ignore_patterns=["*/*"],
+    )

@@ -1,0 +1,167 @@
+"""Recipes: YAML file + `section.key=value` overrides -> typed, checked sections. Unknown keys are errors.
+
+A recipe has the sections `model` (fields of `EHMConfig`), `data` (`DataArguments`) and `training`
+(`EHMTrainingArguments`, that is `transformers.TrainingArguments` and a few more).
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from pathlib import Path
+
+import yaml
+
+from modeling_ehm.configuration_ehm import EHMConfig
+from modeling_ehm.training.data import DataArguments
+
+SECTIONS = ("task", "model", "data", "training")
+
+
+class RecipeError(ValueError):
+    """A recipe that cannot be used; the message is one line that says where and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A checked recipe: keyword arguments of the config, the data arguments, keyword arguments of the trainer."""
+
+    task: str
+    model: dict
+    data: DataArguments
+    training: dict
+    source: str
+
+
+def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Read a recipe file and apply `section.key=value` overrides, whose values are YAML.
+
+    Raises:
+        RecipeError: unreadable file, wrong YAML, unknown section or key, or a value of the wrong type.
+    """
+    sections = _read_yaml(Path(path))
+    for override in overrides:
+        _override(sections, override)
+    unknown = [name for name in sections if name not in SECTIONS]
+    if unknown:
+        raise RecipeError(f"{path}: unknown section {unknown[0]!r}{_suggest(unknown[0], SECTIONS)}; one of {SECTIONS}")
+    for name in ("model", "data", "training"):
+        if not isinstance(sections.setdefault(name, {}) or {}, dict):
+            raise RecipeError(f"{path}: section {name!r} must hold keys and values, not {sections[name]!r}")
+        sections[name] = sections[name] or {}
+    _check_fields(sections["model"], EHMConfig, "model")
+    _check_fields(sections["training"], _training_arguments(), "training")
+    data = _build(DataArguments, sections["data"], "data")
+    return Recipe(sections.get("task", "pretrain"), sections["model"], data, sections["training"], str(path))
+
+
+def _training_arguments() -> type:
+    from modeling_ehm.training.arguments import EHMTrainingArguments
+
+    return EHMTrainingArguments
+
+
+def _read_yaml(path: Path) -> dict:
+    try:
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot read the recipe {path}: {error}") from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(sections, dict):
+        raise RecipeError(f"{path} must hold the sections {', '.join(SECTIONS)}; found {type(sections).__name__}")
+    return sections
+
+
+def _override(sections: dict, override: str) -> None:
+    key, equals, text = override.partition("=")
+    *parents, last = key.split(".")
+    if not equals or not key or not all(parents) or not last:
+        raise RecipeError(f"override {override!r} must look like section.key=value, as in training.max_steps=10")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())}"
+        ) from None
+    for parent in parents:
+        if not isinstance(sections.get(parent), dict):
+            sections[parent] = {}
+        sections = sections[parent]
+    sections[last] = value
+
+
+def _suggest(key: str, known) -> str:
+    close = difflib.get_close_matches(str(key), list(known), n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _check_fields(values: dict, cls: type, where: str) -> None:
+    """Keys must be init fields of the dataclass, values of their annotated types."""
+    known = _field_types(cls)
+    for key, value in values.items():
+        if key not in known:
+            raise RecipeError(f"{where}.{key}: unknown key{_suggest(key, known)}")
+        if not _fits(value, known[key]):
+            raise RecipeError(
+                f"{where}.{key}={value!r} has type {type(value).__name__}; {_name(known[key])} is expected"
+                + (": write numbers as 1.0e-4, not 1e-4" if _looks_like_number(value) else "")
+            )
+
+
+def _build(cls: type, values: dict, where: str):
+    """Build a dataclass whose fields may be dataclasses themselves."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where} must hold keys and values, not {values!r}")
+    nested = {name: inner for name, hint in _field_types(cls).items() if (inner := _dataclass_in(hint)) is not None}
+    built = dict(values)
+    for name, inner in nested.items():
+        if built.get(name) is not None:
+            built[name] = _build(inner, built[name], f"{where}.{name}")
+    _check_fields(built, cls, where)
+    try:
+        return cls(**built)
+    except ValueError as error:
+        raise RecipeError(str(error)) from None
+
+
+def _field_types(cls: type) -> dict[str, typing.Any]:
+    """Annotation of each init field; `Any` where a library's annotation cannot be resolved from outside."""
+    return {f.name: typing.Any if isinstance(f.type, str) else f.type for f in dataclasses.fields(cls) if f.init}
+
+
+def _dataclass_in(hint) -> type | None:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def _fits(value, hint) -> bool:
+    """Whether a YAML value may stand for an annotation; annotations beyond plain types and containers pass."""
+    if hint is typing.Any or value is None and hint is type(None):
+        return True
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple) and all(_fits(v, arguments[0]) for v in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (bool, str, list, dict, type(None)) or dataclasses.is_dataclass(hint):
+        return isinstance(value, hint)
+    return True
+
+
+def _looks_like_number(value) -> bool:
+    try:
+        float(value)
+    except (TypeError, ValueError):
+        return False
+    return isinstance(value, str)
+
+
+def _name(hint) -> str:
+    return getattr(hint, "__name__", None) if isinstance(hint, type) else str(hint).replace("typing.", "")

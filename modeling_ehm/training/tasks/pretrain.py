@@ -1,0 +1,194 @@
+"""Pre-training: recipe -> config, model, images, evaluators, trainer -> checkpoint, figures, pictures."""
+
+import json
+import logging
+from pathlib import Path
+
+import torch
+from transformers import ViTImageProcessorPil, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from modeling_ehm.configuration_ehm import EHMConfig, to_pair
+from modeling_ehm.modeling_ehm import EHMForPreTraining
+from modeling_ehm.training import pictures
+from modeling_ehm.training.arguments import EHMTrainingArguments
+from modeling_ehm.training.data import (
+    DataArguments,
+    NormalizingCollator,
+    PretrainingImages,
+    describe_source,
+    load_labelled,
+    open_samples,
+)
+from modeling_ehm.training.evaluation import (
+    GalleryEvaluator,
+    HeldOutImages,
+    HierarchyEvaluator,
+    Normalizer,
+    ProbeEvaluator,
+)
+from modeling_ehm.training.hub import RunRecord
+from modeling_ehm.training.recipes import Recipe, RecipeError
+from modeling_ehm.training.trainer import EHMTrainer
+
+logger = logging.getLogger(__name__)
+
+MAX_HELD_OUT = 512  # images of the evaluation loss; it is a curve to look at, the probes are the measure
+
+
+def run(recipe: Recipe) -> dict[str, float]:
+    """Pre-train as the recipe says; returns the last evaluation's figures."""
+    config = EHMConfig(**recipe.model)
+    args = EHMTrainingArguments(**recipe.training)
+    check_channels(config, recipe.data)
+    resume_from = find_checkpoint(args)
+    if resume_from is not None:
+        args.eval_on_start = False  # the figures of the untrained weights are in the history already
+
+    set_seed(args.seed)  # before the model: the Trainer seeds too late for the initial weights
+    model = EHMForPreTraining._from_config(config, attn_implementation=args.attn_implementation)
+    images = training_images(recipe.data, args, config)
+    evaluators, held_out, references = build_evaluators(recipe.data, args, config, model)
+    record = RunRecord(
+        recipe.source,
+        describe_source(recipe.data.train),
+        recipe.model,
+        recipe.training,
+        args.output_dir,
+        references=references,
+    )
+    trainer = EHMTrainer(
+        model=model,
+        args=args,
+        train_dataset=images,
+        eval_dataset=held_out,
+        data_collator=NormalizingCollator(recipe.data.image_mean, recipe.data.image_std),
+        processing_class=image_processor(config, recipe.data),
+        evaluators=evaluators,
+        run=record,
+    )
+    record.begin(resume_from, args.world_size)
+    if trainer.is_world_process_zero():
+        record.save()
+        logger.info(
+            "%d images a step, learning rate %.3g, %d steps", args.images_per_step, args.learning_rate, args.max_steps
+        )
+    trainer.train(resume_from_checkpoint=resume_from)
+    figures = finish(trainer, record)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    return figures
+
+
+def check_channels(config: EHMConfig, data: DataArguments) -> None:
+    if len(data.image_mean) != config.num_channels:
+        raise RecipeError(
+            f"data.image_mean={data.image_mean} has {len(data.image_mean)} numbers, but model.num_channels="
+            f"{config.num_channels}; give one mean and one standard deviation a channel"
+        )
+
+
+def find_checkpoint(args: EHMTrainingArguments) -> str | None:
+    """Checkpoint folder to go on from, as `training.resume` says."""
+    if args.resume == "no":
+        return None
+    if args.resume == "auto":
+        return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
+    if not (Path(args.resume) / "trainer_state.json").exists():
+        raise RecipeError(f"training.resume={args.resume!r} is not auto, no, or a folder that holds trainer_state.json")
+    return args.resume
+
+
+def training_images(data: DataArguments, args: EHMTrainingArguments, config: EHMConfig) -> PretrainingImages:
+    """The training set: as many positions as the run has steps times images a step."""
+    image_size = to_pair(config.image_size)
+    samples = open_samples(data.train, args.seed, data.shuffle_window, image_size)
+    if args.max_steps <= 0:
+        if samples.samples_per_pass is None:
+            raise RecipeError(
+                "training.max_steps must be set: a stream has no length from which epochs could be counted"
+            )
+        args.max_steps = max(1, int(args.num_train_epochs * samples.samples_per_pass) // args.images_per_step)
+    return PretrainingImages(
+        samples,
+        data,
+        args.seed,
+        image_size,
+        config.num_channels,
+        num_positions=args.max_steps * args.images_per_step,
+        record=Path(args.output_dir) / "skipped_images.jsonl",
+    )
+
+
+def image_processor(config: EHMConfig, data: DataArguments) -> ViTImageProcessorPil:
+    """transformers' own processor, saved beside the weights: resize to the native size, scale, normalise."""
+    height, width = to_pair(config.image_size)
+    return ViTImageProcessorPil(
+        size={"height": height, "width": width},
+        resample=3,  # bicubic, as in training
+        image_mean=data.image_mean,
+        image_std=data.image_std,
+        do_convert_rgb=True if config.num_channels == 3 else None,
+    )
+
+
+def build_evaluators(data: DataArguments, args: EHMTrainingArguments, config: EHMConfig, model: EHMForPreTraining):
+    """Evaluators, images for the evaluation loss, and figures that need no training, as far as the data allow."""
+    image_size, channels = to_pair(config.image_size), config.num_channels
+    normalize = Normalizer(data.image_mean, data.image_std)
+    evaluators, references, pixels = [], {}, None
+    if data.probe_train is not None:
+        train, test = (
+            load_labelled(s, image_size, channels, data.max_pixels) for s in (data.probe_train, data.probe_test)
+        )
+        evaluators.append(ProbeEvaluator(train, test, normalize, args.linear_probe))
+        references |= {f"eval_{name}": value for name, value in evaluators[-1].reference().items()}
+        pixels = test["pixels"]
+    if data.segments is not None:
+        loaded = load_labelled(data.segments, image_size, channels, data.max_pixels)
+        evaluators.append(HierarchyEvaluator(loaded, normalize, data.segments.ignore_index))
+        blocks = evaluators[-1].reference(model)["blocks"]
+        references |= {f"eval_hierarchy_{name}": value for name, value in blocks.items()}
+        pixels = loaded["pixels"] if pixels is None else pixels
+    if pixels is None and args.eval_strategy != "no":
+        raise RecipeError(
+            f"training.eval_strategy={args.eval_strategy.value!r}, but there is nothing to evaluate: give"
+            ' data.probe_train and data.probe_test, or data.segments, or set eval_strategy: "no"'
+        )
+    if pixels is not None and args.num_gallery_images > 0:
+        shown = pixels[torch.linspace(0, len(pixels) - 1, min(args.num_gallery_images, len(pixels))).long()]
+        evaluators.append(GalleryEvaluator(shown, normalize, Path(args.output_dir) / "gallery"))
+    return evaluators, None if pixels is None else HeldOutImages(pixels[:MAX_HELD_OUT]), references
+
+
+def finish(trainer: EHMTrainer, record: RunRecord) -> dict[str, float]:
+    """Evaluate if the last step was not, save the model, write figures and curves, print the table."""
+    state = trainer.state
+    evaluated = [row for row in state.log_history if "eval_runtime" in row]
+    if trainer.evaluators and (not evaluated or evaluated[-1]["step"] != state.global_step):
+        trainer.evaluate()
+        evaluated = [row for row in state.log_history if "eval_runtime" in row]
+    trainer.save_model()
+    trainer.save_state()
+    if not trainer.is_world_process_zero():
+        return evaluated[-1] if evaluated else {}
+    folder = Path(trainer.args.output_dir)
+    summary = {"steps": state.global_step, "references": record.references, "evaluations": evaluated}
+    (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if trainer.args.num_gallery_images > 0:
+        pictures.render_curves({folder.name: state.log_history}, folder / "curves.png")
+    print_table(record.references, evaluated, folder)
+    return evaluated[-1] if evaluated else {}
+
+
+def print_table(references: dict, evaluated: list[dict], folder: Path) -> None:
+    """Figures of raw pixels or plain blocks, of the first and of the last evaluation, side by side."""
+    if evaluated:
+        first, last = evaluated[0], evaluated[-1]
+        print(f"\n{'':24}{'reference':>12}{'step ' + str(first['step']):>12}{'step ' + str(last['step']):>12}")
+        for key in (k for k in last if k.startswith("eval_") and k != "eval_runtime"):
+            reference = f"{references[key]:.3f}" if key in references else "-"
+            print(f"{key[5:]:24}{reference:>12}{first.get(key, float('nan')):>12.3f}{last[key]:>12.3f}")
+        print("reference: 12x12 raw pixels for knn and linear, plain square blocks for the hierarchy")
+    names = [n for n in ("model.safetensors", "gallery.png", "curves.png", "results.json") if (folder / n).exists()]
+    print(f"wrote {', '.join(names)} to {folder}")

@@ -1,0 +1,192 @@
+"""`EHMTrainer`: transformers' Trainer, plus a log that explains itself, probes as evaluation, whole checkpoints."""
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+from accelerate.utils import broadcast_object_list
+from transformers import Trainer
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import HubStrategy
+
+from modeling_ehm.modeling_ehm import EHMForPreTraining
+from modeling_ehm.training import hub
+from modeling_ehm.training.callbacks import EMATeacherCallback, ProgressCallback
+from modeling_ehm.training.evaluation import Evaluator
+from modeling_ehm.training.metrics import mask_statistics
+
+logger = logging.getLogger(__name__)
+
+
+class StepClock:
+    """Seconds since the last log, by part: waiting for data, whole steps, teacher and tree of the measured steps."""
+
+    def __init__(self):
+        self.restart()
+
+    def restart(self) -> None:
+        self.started, self.images, self.paused = time.perf_counter(), 0, 0.0
+        self.seconds = {"data": 0.0, "step": 0.0, "measured": 0.0, "teacher": 0.0, "tree": 0.0}
+
+    def add(self, part: str, seconds: float) -> None:
+        self.seconds[part] += seconds
+
+    def figures(self) -> dict[str, float]:
+        """`images_per_second` of this process, and shares of the time since the last log, evaluations left out."""
+        wall = max(time.perf_counter() - self.started - self.paused, 1e-9)
+        measured = max(self.seconds["measured"], 1e-9)
+        step_share = self.seconds["step"] / wall  # teacher and tree are measured within steps
+        return {
+            "images_per_second": self.images / wall,
+            "data_wait_share": self.seconds["data"] / wall,
+            "teacher_share": self.seconds["teacher"] / measured * step_share,
+            "tree_share": self.seconds["tree"] / measured * step_share,
+        }
+
+
+class EHMTrainer(Trainer):
+    """Trainer for `EHMForPreTraining`. A plain Trainer with `ProgressCallback` trains the same weights.
+
+    Args:
+        evaluators: Called at each evaluation with (model, step, progress); their figures are logged as `eval_...`.
+        run: What the model card tells of the run; see `hub.RunRecord`.
+        args, kwargs: As for `transformers.Trainer`.
+    """
+
+    def __init__(self, *args, evaluators: list[Evaluator] = (), run: "hub.RunRecord | None" = None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.evaluators, self.run = list(evaluators), run
+        self.clock = StepClock()
+        self.ema_teacher = EMATeacherCallback()
+        self.add_callback(ProgressCallback())
+        self.add_callback(self.ema_teacher)
+        self._last_mask: torch.Tensor | None = None
+        self.failed_pushes: list[str] = []
+
+    @property
+    def bare_model(self) -> EHMForPreTraining:
+        """The model without wrappers."""
+        return self.accelerator.unwrap_model(self.model)
+
+    # Timing and logging
+
+    def get_batch_samples(self, *args, **kwargs):
+        started = time.perf_counter()
+        batches = super().get_batch_samples(*args, **kwargs)
+        self.clock.add("data", time.perf_counter() - started)
+        return batches
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        started, bare = time.perf_counter(), self.bare_model
+        # Measuring synchronises a GPU, so there only the step before a log is measured.
+        due = (self.state.global_step + 1) % max(1, int(self.args.logging_steps)) == 0
+        bare.timings = {} if due or self.args.device.type != "cuda" else None
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if bare.timings is not None:
+            bare._now()  # waits for the GPU
+            self.clock.add("measured", time.perf_counter() - started)
+            for part, seconds in bare.timings.items():
+                self.clock.add(part, seconds)
+        self.clock.add("step", time.perf_counter() - started)
+        self.clock.images += len(inputs["pixel_values"])
+        return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self._last_mask = outputs.mask
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if "loss" in logs and self._last_mask is not None:
+            model = self.bare_model
+            progress = self.state.global_step / self.state.max_steps
+            logs["progress"] = progress
+            samples_per_pass = getattr(getattr(self.train_dataset, "samples", None), "samples_per_pass", None)
+            if samples_per_pass:  # `epoch` counts passes over the positions, that is over the whole run
+                logs["data_pass"] = self.state.global_step * self.args.images_per_step / samples_per_pass
+            if model.config.mask_policy == "ehm":
+                logs["num_nodes"], logs["softness"] = model.mask_schedule(progress)
+            for name, value in mask_statistics(self._last_mask[:64].cpu(), model.config.grid_size).items():
+                logs[f"mask_{name}"] = value
+            logs.update(self.clock.figures())
+            self.clock.restart()
+        super().log(logs, *args, **kwargs)
+
+    # Evaluation
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """The loss on held-out images under the final masks, then every evaluator; all logged as one row."""
+        started = time.perf_counter()
+        figures = {}
+        if eval_dataset is not None or self.eval_dataset is not None:
+            output = self.evaluation_loop(
+                self.get_eval_dataloader(eval_dataset),
+                description="Evaluation",
+                prediction_loss_only=True,
+                ignore_keys=ignore_keys,
+                metric_key_prefix=metric_key_prefix,
+            )
+            figures = {k: v for k, v in output.metrics.items() if k.endswith("_loss")}
+        if self.is_world_process_zero():
+            progress = self.state.global_step / self.state.max_steps if self.state.max_steps else 0.0
+            for evaluator in self.evaluators:
+                measured = evaluator(self.bare_model, self.state.global_step, progress)
+                figures |= {f"{metric_key_prefix}_{name}": value for name, value in measured.items()}
+        figures = broadcast_object_list([figures])[0]
+        figures[f"{metric_key_prefix}_runtime"] = time.perf_counter() - started
+        self.clock.paused += time.perf_counter() - started
+        self.log(figures)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
+        return figures
+
+    # Checkpoints and pushes
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        # The Trainer pickles its arguments; a pickle is nothing to share, and JSON says the same with tokens masked.
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        (folder / "training_args.json").write_text(self.args.to_json_string())
+        self.ema_teacher.save(folder)
+        self._write_card(folder)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.ema_teacher.resumed_from = Path(resume_from_checkpoint)
+
+    def _write_card(self, folder: Path) -> None:
+        if self.run is not None:
+            (folder / "README.md").write_text(hub.model_card(self.run, self.state, self.bare_model.config, folder))
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """The card written from the run, instead of the Trainer's generic one."""
+        if self.is_world_process_zero():
+            self._write_card(Path(self.args.output_dir))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Push weights, config, code, processor and card from the finished checkpoint folder, and wait for it.
+
+        The Trainer would copy weights and config alone into `output_dir` and push that in the background: a commit
+        whose `auto_map` names code that is not there, and whose weights may change while they are read.
+        """
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        try:
+            hub.push_folder(
+                checkpoint_folder, self.hub_model_id, f"Training in progress, step {self.state.global_step}"
+            )
+        except Exception as error:  # a Hub that is down must not end a training
+            self.failed_pushes.append(f"step {self.state.global_step}: {type(error).__name__}: {error}")
+            logger.warning("push to %s failed and will be tried again at the next save: %s", self.hub_model_id, error)
+
+    def push_to_hub(self, commit_message: str = "End of training", **kwargs):
+        """Save the final model into `output_dir` and push it; raises if the Hub refuses."""
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        if self.hub_model_id is None:
+            self.init_hf_repo()
+        return hub.push_folder(self.args.output_dir, self.hub_model_id, commit_message)

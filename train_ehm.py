@@ -1,0 +1,31 @@
+"""Train with EHM: `accelerate launch train_ehm.py RECIPE.yaml [section.key=value ...]`, or plain `python`."""
+
+import argparse
+import logging
+import sys
+
+from huggingface_hub.errors import StrictDataclassError
+
+from modeling_ehm.training.recipes import RecipeError, load_recipe
+from modeling_ehm.training.tasks import TASKS
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="train_ehm.py", description=__doc__)
+    parser.add_argument("recipe", help="YAML file with the sections model, data and training")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="wins over the file")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
+
+    recipe = load_recipe(options.recipe, options.overrides)
+    if recipe.task not in TASKS:
+        raise RecipeError(f"task={recipe.task!r} is not one of {', '.join(TASKS)}")
+    TASKS[recipe.task](recipe)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (RecipeError, StrictDataclassError, ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
