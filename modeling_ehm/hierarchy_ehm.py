@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NEG_INF = float("-inf")
+# Stands for "not a candidate". Finite, so that weighting it by 0 gives 0; affinities must stay far above it.
+NOBODY, LOWEST = -1e30, -1e15
 
 
 @dataclass(frozen=True)
@@ -139,30 +140,31 @@ def build_hierarchy(
     size = torch.ones(batch, count, dtype=similarity.dtype, device=device)  # (B, M)
     floor = torch.full_like(size, float("inf"))  # (B, M): height of the cluster's own last merge
     active = torch.ones(batch, count, dtype=torch.bool, device=device)
-    similarity = _mask_inactive(similarity, active)
+    similarity = _exclude(similarity, active)
     for step in range(1, count):
         best, nearest, absorbs, absorbed = _reciprocal_pairs(similarity)
-        target = leaf.gather(1, nearest)
         # Rounding can put a mean a hair above its parts; a tree's heights never rise.
         level = best.minimum(floor).minimum(floor.gather(1, nearest))
         where = torch.where(absorbed, leaf, count)  # clusters that stay write to a spare last column
-        parent = _scatter(parent, where, target)
+        parent = _scatter(parent, where, leaf.gather(1, nearest))
         height = _scatter(height, where, level)
-        merged_in = _scatter(merged_in, where, torch.full_like(target, step))
+        merged_in = _scatter(merged_in, where, torch.full_like(leaf, step))
 
-        similarity = _merge(similarity, size, nearest, absorbs, linkage)
-        size = torch.where(absorbs, size + size.gather(1, nearest), size)
-        floor = torch.where(absorbs, level, floor)
         active = active & ~absorbed
         left = int(active.sum(1).max())
         if left == 1:
             break
-        if left <= 0.75 * active.shape[1]:  # leave merged clusters behind: later rounds work on small matrices
-            keep = active.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :left]
-            leaf, size, floor, active = (x.gather(1, keep) for x in (leaf, size, floor, active))
-            similarity = similarity.gather(1, keep[..., None].expand(-1, -1, similarity.shape[2]))
-            similarity = similarity.gather(2, keep[:, None].expand(-1, left, -1))
-        similarity = _mask_inactive(similarity, active)
+        # Absorbed clusters are left behind, so later rounds work on ever smaller matrices; images that are further
+        # than others are padded with clusters that no longer exist.
+        keep = active.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, :left]  # (B, M'), ascending
+        joined_size = size + size.gather(1, nearest)
+        share = torch.where(absorbs, size / joined_size, 1.0).gather(1, keep)
+        partner = torch.where(absorbs, nearest, torch.arange(nearest.shape[1], device=device)).gather(1, keep)
+        similarity = _merge(similarity, keep, partner, share, linkage)
+        size = torch.where(absorbs, joined_size, size).gather(1, keep)
+        floor = torch.where(absorbs, level, floor).gather(1, keep)
+        leaf, active = leaf.gather(1, keep), active.gather(1, keep)
+        similarity = _exclude(similarity, active)
     return PatchHierarchy(parent, height, _merge_order(height, merged_in), grid_size)
 
 
@@ -179,19 +181,24 @@ def _checked_affinity(affinity: Tensor, linkage: str, grid_size: tuple[int, int]
     off_diagonal = affinity.masked_fill(torch.eye(affinity.shape[1], dtype=torch.bool, device=affinity.device), 0)
     if not bool(off_diagonal.isfinite().all()):
         raise ValueError("affinity holds NaN or infinite values; look for an overflow in the teacher's attention")
+    if bool((off_diagonal.abs() > -LOWEST).any()):
+        raise ValueError(f"affinity holds values beyond {-LOWEST:.0e}; scale it")
     if not bool((off_diagonal == off_diagonal.transpose(1, 2)).all()):
         # Mirrored pairs may differ in the last bits (two orders of one sum); anything more is a caller's mistake.
         if not torch.allclose(off_diagonal, off_diagonal.transpose(1, 2), rtol=1e-5, atol=1e-7):
             raise ValueError("affinity is not symmetric; pass symmetrize(affinity)")
-        affinity = symmetrize(affinity)
-    return affinity
+        return symmetrize(affinity)
+    return affinity.clone()
 
 
-def _mask_inactive(similarity: Tensor, active: Tensor) -> Tensor:
-    """`-inf` on the diagonal and wherever a cluster no longer exists, so that neither is ever anybody's nearest."""
-    pairs = active[:, :, None] & active[:, None, :]
-    eye = torch.eye(active.shape[1], dtype=torch.bool, device=active.device)
-    return similarity.masked_fill(~pairs | eye, NEG_INF)
+def _exclude(similarity: Tensor, active: Tensor) -> Tensor:
+    """Make the diagonal and the columns of clusters that no longer exist nobody's nearest; in place.
+
+    Their rows may stay as they are: a pair must be mutual.
+    """
+    similarity.masked_fill_(~active[:, None], NOBODY)
+    similarity.diagonal(dim1=1, dim2=2).fill_(NOBODY)
+    return similarity
 
 
 def _reciprocal_pairs(similarity: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -203,7 +210,7 @@ def _reciprocal_pairs(similarity: Tensor) -> tuple[Tensor, Tensor, Tensor, Tenso
     """
     best, nearest = similarity.max(dim=2)
     own = torch.arange(nearest.shape[1], device=nearest.device)
-    mutual = (nearest.gather(1, nearest) == own) & (best > NEG_INF)
+    mutual = (nearest.gather(1, nearest) == own) & (best > LOWEST)
     return best, nearest, mutual & (own < nearest), mutual & (own > nearest)
 
 
@@ -213,19 +220,27 @@ def _scatter(values: Tensor, index: Tensor, source: Tensor) -> Tensor:
     return spare.scatter(1, index, source)[:, :-1]
 
 
-def _merge(similarity: Tensor, size: Tensor, nearest: Tensor, absorbs: Tensor, linkage: str) -> Tensor:
-    """Similarity after every absorbing cluster has taken in its nearest: first the rows, then the columns."""
-    partner_size = size.gather(1, nearest)
-    share = (size / (size + partner_size))[..., None]  # (B, M, 1): weight of a row against its partner's
+def _merge(similarity: Tensor, keep: Tensor, partner: Tensor, share: Tensor, linkage: str) -> Tensor:
+    """Similarities `(B, M', M')` of the clusters that stay, each joined with its partner (itself, if it has none).
+
+    Rows first, then columns, which after a transposition are rows again.
+    """
     for _ in range(2):
-        partner = similarity.gather(1, nearest[..., None].expand_as(similarity))
+        kept, other = _take_rows(similarity, keep), _take_rows(similarity, partner)
         if linkage == "average":
-            joined = share * similarity + (1 - share) * partner
+            joined = torch.lerp(other, kept, share[..., None])  # exact where the share is 1
         else:
-            joined = torch.maximum(similarity, partner) if linkage == "single" else torch.minimum(similarity, partner)
-        similarity = torch.where(absorbs[..., None], joined, similarity).transpose(1, 2)
+            joined = torch.maximum(kept, other) if linkage == "single" else torch.minimum(kept, other)
+        similarity = joined.transpose(1, 2)
     # The two orders of summing differ in the last bits; without bitwise symmetry a round could find no pair.
     return symmetrize(similarity)
+
+
+def _take_rows(matrices: Tensor, index: Tensor) -> Tensor:
+    """`(B, M, W)` and `(B, M')` -> `(B, M', W)`. On CPUs copying whole rows is far faster than `gather`."""
+    offset = torch.arange(len(index), device=index.device)[:, None] * matrices.shape[1]
+    rows = matrices.reshape(-1, matrices.shape[2]).index_select(0, (index + offset).flatten())
+    return rows.view(*index.shape, matrices.shape[2])
 
 
 def _merge_order(height: Tensor, merged_in: Tensor) -> Tensor:
@@ -234,7 +249,7 @@ def _merge_order(height: Tensor, merged_in: Tensor) -> Tensor:
     A node is merged in a later round than its parts and at a height no larger, so parts always precede it.
     """
     height = height.clone()
-    height[:, 0] = NEG_INF
+    height[:, 0] = float("-inf")
     by_round = merged_in.argsort(dim=1, stable=True)
     by_height = height.gather(1, by_round).argsort(dim=1, descending=True, stable=True)
     order = by_round.gather(1, by_height)

@@ -22,8 +22,8 @@ class EHMTrainingArguments(TrainingArguments):
         linear_probe: Whether evaluations add a linear probe to k-NN.
         attn_implementation: Attention kernels: "sdpa", "eager" (the faster one for bfloat16 on CPUs), or another that
             transformers offers.
-        resume: "auto" goes on from the newest checkpoint in `output_dir` if there is one; "no" starts afresh; else a
-            checkpoint folder.
+        resume_from_checkpoint: "auto" goes on from the newest checkpoint in `output_dir` if there is one; "never" starts
+            afresh; else a checkpoint folder.
     """
 
     base_learning_rate: float | None = field(default=None, metadata={"help": "learning rate for a batch of 256"})
@@ -31,7 +31,6 @@ class EHMTrainingArguments(TrainingArguments):
     num_gallery_images: int = field(default=4, metadata={"help": "images of the gallery; 0 draws none"})
     linear_probe: bool = field(default=True, metadata={"help": "add a linear probe to k-NN"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention kernels: sdpa, eager, ..."})
-    resume: str = field(default="auto", metadata={"help": "auto, no, or a checkpoint folder"})
 
     adam_beta2: float = 0.95
     weight_decay: float = 0.05
@@ -43,6 +42,7 @@ class EHMTrainingArguments(TrainingArguments):
     save_total_limit: int | None = 3
     per_device_eval_batch_size: int = 128
     remove_unused_columns: bool = False
+    resume_from_checkpoint: str | None = "auto"
     train_sampling_strategy: str = "sequential"  # positions in order: the data set itself is shuffled
     ddp_find_unused_parameters: bool | None = False
 
@@ -59,13 +59,15 @@ class EHMTrainingArguments(TrainingArguments):
                 " set itself is shuffled by (seed, pass), and a second shuffling would undo exact resuming"
             )
         super().__post_init__()
+        if self.device.type == "cpu":
+            self.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every loader
         if self.global_batch_size is not None:
             share = self.world_size * self.gradient_accumulation_steps
             if self.global_batch_size % share or self.global_batch_size < 1:
                 raise ValueError(
                     f"training.global_batch_size={self.global_batch_size} cannot be split over {self.world_size}"
-                    f" processes x gradient_accumulation_steps={self.gradient_accumulation_steps}; make it a multiple of"
-                    f" {share}"
+                    f" processes x gradient_accumulation_steps={self.gradient_accumulation_steps}; make it a"
+                    f" multiple of {share}"
                 )
             self.per_device_train_batch_size = self.global_batch_size // share
         if self.base_learning_rate is not None:

@@ -70,6 +70,8 @@ def run(recipe: Recipe) -> dict[str, float]:
     record.begin(resume_from, args.world_size)
     if trainer.is_world_process_zero():
         record.save()
+        if resume_from is not None:
+            logger.info("resuming from %s", resume_from)
         logger.info(
             "%d images a step, learning rate %.3g, %d steps", args.images_per_step, args.learning_rate, args.max_steps
         )
@@ -89,14 +91,17 @@ def check_channels(config: EHMConfig, data: DataArguments) -> None:
 
 
 def find_checkpoint(args: EHMTrainingArguments) -> str | None:
-    """Checkpoint folder to go on from, as `training.resume` says."""
-    if args.resume == "no":
+    """Checkpoint folder to go on from, as `training.resume_from_checkpoint` says."""
+    chosen = args.resume_from_checkpoint
+    if chosen == "never":
         return None
-    if args.resume == "auto":
+    if chosen == "auto":
         return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if not (Path(args.resume) / "trainer_state.json").exists():
-        raise RecipeError(f"training.resume={args.resume!r} is not auto, no, or a folder that holds trainer_state.json")
-    return args.resume
+    if not (Path(chosen) / "trainer_state.json").exists():
+        raise RecipeError(
+            f"training.resume_from_checkpoint={chosen!r} is not auto, never, or a folder that holds trainer_state.json"
+        )
+    return chosen
 
 
 def training_images(data: DataArguments, args: EHMTrainingArguments, config: EHMConfig) -> PretrainingImages:

@@ -1,0 +1,411 @@
+"""Pictures of a run: what the model takes for a whole, what its masks hide, what it reconstructs, and its curves.
+
+`snapshot` needs no matplotlib, so a run can record itself anywhere; `render_gallery` and `render_curves` do (the extra
+`viz`). Both draw on the Agg canvas alone: no window, no global state of pyplot is touched.
+
+Letters: B images, C channels, H W pixels, P patch side, N patches, K tree nodes. True = masked.
+"""
+
+import io
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..configuration_ehm import to_pair
+from ..modeling_ehm import EHMForPreTraining, patchify, unpatchify
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COARSE_NODES = 6  # a cut that stays the same throughout training, so that trees of different steps compare
+MAX_IMAGES, MAX_POINTS = 4, 5  # rows and groups of columns of a gallery
+MAX_BYTES = 600_000  # a gallery is looked at in a browser, often on a model's page
+DPI = 100  # of the layout below, which is in pixels
+HIDDEN_GREY = 128
+
+Snapshot = dict[str, np.ndarray]
+
+
+@torch.no_grad()
+def snapshot(
+    model: EHMForPreTraining,
+    pixel_values: Tensor,
+    progress: float,
+    mask_seed: Tensor,
+    mean: float | Sequence[float],
+    std: float | Sequence[float],
+) -> Snapshot:
+    """Record what the model makes of a few fixed images at this point of training.
+
+    The mask comes from `model.evolve_mask`, as in training. Runs in evaluation mode, without gradient, and leaves the
+    model's modes and timings and the random state as they were.
+
+    Args:
+        model: Unwrapped model (not the DDP or FSDP wrapper).
+        pixel_values: `(B, C, H, W)`, normalised; moved to the model's device.
+        progress: Finished fraction of pre-training, in [0, 1].
+        mask_seed: `(B,)` int64; the same at each call, so that only tree and schedule change the masks.
+        mean: Per channel, or one for all; what was subtracted from pixels in [0, 1].
+        std: Per channel, or one for all; what they were divided by.
+
+    Returns:
+        "image": `(B, H, W, 3)` uint8; grey if there are fewer than 3 channels, the first three if there are more.
+        "labels": `(B, N)` int64, node of each patch at the scheduled number of nodes, at least 2.
+        "coarse_labels": `(B, N)` int64, the same for 6 nodes.
+        "mask": `(B, N)` bool, True = masked.
+        "reconstruction": `(B, H, W, 3)` uint8; visible patches are the image's own. If the model predicts normalised
+            patches, the hidden ones are given the mean and variance of the true patch.
+        "num_nodes", "softness", "progress", "norm_pix_loss", "mask_policy": scalars; "grid_size": `(2,)`.
+
+    Raises:
+        ValueError: pixels, seeds, mean or std that do not fit; `progress` outside [0, 1].
+    """
+    pixel_values = pixel_values.to(model.device)
+    rows, columns = model.get_input_embeddings().grid_of(pixel_values)
+    num_nodes, softness = model.mask_schedule(progress, rows * columns)
+    num_nodes = min(max(2, num_nodes), rows * columns)
+    with _evaluating(model):
+        mask = model.evolve_mask(pixel_values, progress, mask_seed)  # (B, N)
+        hierarchy = model.parse_hierarchy(pixel_values)
+        logits = model(pixel_values, bool_masked_pos=mask, return_loss=False).logits
+    pixel_values = pixel_values.float()
+    return {
+        "image": _displayable(pixel_values, mean, std),
+        "labels": hierarchy.cut(num_nodes).cpu().numpy(),
+        "coarse_labels": hierarchy.cut(min(COARSE_NODES, rows * columns)).cpu().numpy(),
+        "mask": mask.cpu().numpy(),
+        "reconstruction": _displayable(_reconstruct(model, logits.float(), pixel_values, mask), mean, std),
+        "num_nodes": np.array(num_nodes),
+        "softness": np.array(float(softness)),
+        "grid_size": np.array([rows, columns]),
+        "progress": np.array(float(progress)),
+        "norm_pix_loss": np.array(model.config.norm_pix_loss),
+        "mask_policy": np.array(model.config.mask_policy),
+    }
+
+
+@contextmanager
+def _evaluating(model: EHMForPreTraining) -> Iterator[None]:
+    """Evaluation mode for a while; also part by part, since a caller may have frozen some parts in it."""
+    modes, timings = {module: module.training for module in model.modules()}, model.timings
+    model.eval()
+    model.timings = None  # pictures are no part of the cost of training
+    try:
+        yield
+    finally:
+        model.timings = timings
+        for module, training in modes.items():
+            module.training = training
+
+
+def _reconstruct(model: EHMForPreTraining, logits: Tensor, pixel_values: Tensor, mask: Tensor) -> Tensor:
+    """`(B, C, H, W)`: predicted hidden patches among the true visible ones."""
+    patch_size = to_pair(model.config.patch_size)
+    truth = patchify(pixel_values, patch_size)  # (B, N, P*P*C)
+    if model.config.norm_pix_loss:  # the inverse of the target's normalisation
+        variance, mean = torch.var_mean(truth, dim=-1, keepdim=True)
+        logits = logits * (variance + 1.0e-6).sqrt() + mean
+    patches = torch.where(mask[..., None], logits, truth)
+    return unpatchify(patches, patch_size, model.get_input_embeddings().grid_of(pixel_values))
+
+
+def _displayable(pixel_values: Tensor, mean: float | Sequence[float], std: float | Sequence[float]) -> np.ndarray:
+    """`(B, C, H, W)` normalised -> `(B, H, W, 3)` uint8."""
+    channels = pixel_values.shape[1]
+    mean, std = (_per_channel(name, value, channels) for name, value in (("mean", mean), ("std", std)))
+    pixels = pixel_values.cpu() * std + mean
+    pixels = pixels[:, :3] if channels >= 3 else pixels[:, :1].expand(-1, 3, -1, -1)
+    return (pixels.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def _per_channel(name: str, value: float | Sequence[float], channels: int) -> Tensor:
+    numbers = torch.as_tensor(value, dtype=torch.float32).flatten()
+    if len(numbers) not in (1, channels):
+        raise ValueError(f"{name}={value} has {len(numbers)} numbers for {channels} channels; give 1 or {channels}")
+    return numbers[:, None, None]
+
+
+def save_snapshot(path: str | Path, snapshot: Snapshot) -> None:
+    """Write a snapshot as a compressed `.npz` of plain arrays."""
+    path = _npz(path)
+    for name, value in snapshot.items():
+        if np.asarray(value).dtype.hasobject:
+            raise ValueError(f"snapshot[{name!r}] is an array of Python objects; plain numbers and strings are stored")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez_compressed(path, **snapshot)
+
+
+def load_snapshot(path: str | Path) -> Snapshot:
+    """Read what `save_snapshot` wrote; nothing is unpickled, so files of strangers are safe to open."""
+    with np.load(_npz(path), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _npz(path: str | Path) -> Path:
+    path = Path(path)
+    if path.suffix != ".npz":
+        raise ValueError(f"path={str(path)!r} must end in .npz")
+    return path
+
+
+def _new_figure(width: float, height: float) -> "Figure":
+    """An empty figure of a size in pixels, on the Agg canvas."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "pictures are drawn with matplotlib, which is not installed: pip install modeling_ehm[viz]. Recording"
+            " (snapshot, save_snapshot) works without it, so they can also be drawn later, elsewhere"
+        ) from error
+    figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+# The gallery
+
+
+def render_gallery(snapshots: Sequence[tuple[int, float, Snapshot]], path: str | Path) -> Path:
+    """Draw one PNG of how hierarchy, masks and reconstructions change while a model trains.
+
+    A row is an image (the first 4); a group of three columns is a point of training (up to 5, spread evenly, the first
+    and the last among them). At most 1600 pixels wide and 600 KB large.
+
+    Args:
+        snapshots: `(step, progress, snapshot)`, of the same images throughout.
+        path: Of the PNG; its folder is made.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no snapshots, or snapshots of different images.
+        ImportError: matplotlib is not installed.
+    """
+    snapshots = sorted(snapshots, key=lambda entry: entry[0])
+    if not snapshots:
+        raise ValueError("snapshots is empty, so there is nothing to draw; record some with snapshot(...)")
+    first = snapshots[0][2]
+    for step, _, shot in snapshots[1:]:
+        if not np.array_equal(shot["image"], first["image"]):
+            raise ValueError(f"snapshots: the images of step {step} differ from those of step {snapshots[0][0]}")
+    chosen = np.unique(np.linspace(0, len(snapshots) - 1, MAX_POINTS).round().astype(int))
+    return _draw_gallery([snapshots[index] for index in chosen], Path(path))
+
+
+def _draw_gallery(points: list[tuple[int, float, Snapshot]], path: Path) -> Path:
+    """Lay out the gallery, in pixels from the top left corner."""
+    first = points[0][2]
+    num_rows = min(MAX_IMAGES, len(first["image"]))
+    margin, gap, group_gap, header, footer = 12, 4, 18, 66, 76
+    cell = min(220, (1600 - 2 * margin - len(points) * (group_gap + 2 * gap)) // (1 + 3 * len(points)))
+    cell_height = round(cell * first["image"].shape[1] / first["image"].shape[2])
+    group_width = 3 * cell + 2 * gap
+    width = max(2 * margin + cell + len(points) * (group_gap + group_width), 760)
+    figure = _new_figure(width, height := header + num_rows * (cell_height + gap) + footer)
+
+    def put(left: float, row: int) -> "Axes":
+        top = header + row * (cell_height + gap)
+        return figure.add_axes((left / width, 1 - (top + cell_height) / height, cell / width, cell_height / height))
+
+    def write(x: float, y: float, text: str, size: float, **style) -> None:
+        figure.text(x / width, 1 - y / height, text, fontsize=size * 72 / DPI, va="center", **style)
+
+    write(margin + cell / 2, header - 10, "image", 11, ha="center", color="0.3")
+    for row in range(num_rows):
+        _show(put(margin, row), first["image"][row])
+    for number, (step, progress, shot) in enumerate(points):
+        left = margin + cell + group_gap + number * (group_width + group_gap)
+        middle = left + group_width / 2
+        write(middle, 16, f"step {step:,} ({progress:.0%})", 15, ha="center", weight="bold")
+        write(middle, 36, _mask_title(shot), 13, ha="center")
+        for column, title in enumerate(("hierarchy", "masked", "reconstruction")):
+            write(left + column * (cell + gap) + cell / 2, header - 10, title, 11, ha="center", color="0.3")
+        for row in range(num_rows):
+            _show_hierarchy(put(left, row), shot, row)
+            _show(put(left + cell + gap, row), _masked_image(shot, row))
+            _show(put(left + 2 * (cell + gap), row), shot["reconstruction"][row])
+    for number, line in enumerate(_caption(points)):
+        write(margin, height - footer + 16 + 20 * number, line, 12, color="0.2")
+    return _save_small(figure, path)
+
+
+def _mask_title(shot: Snapshot) -> str:
+    if str(shot["mask_policy"]) == "random":
+        return "random masks"
+    num_nodes, num_patches = int(shot["num_nodes"]), shot["labels"].shape[1]
+    return f"K = {num_nodes} nodes" + (" (each patch its own)" if num_nodes == num_patches else "")
+
+
+def _caption(points: list[tuple[int, float, Snapshot]]) -> list[str]:
+    coarse = int(points[0][2]["coarse_labels"].max()) + 1
+    share = points[0][2]["mask"].mean()
+    if str(points[0][2]["mask_policy"]) == "random":
+        tree = f"hierarchy: the {coarse} nodes of the model's tree in their mean colours; the masks do not use it."
+        masked = f"masked: {share:.0%} of the patches, drawn at random, are hidden (grey)."
+    else:
+        tree = (
+            f"hierarchy: which patches the model takes as belonging together. Colours and thick lines: {coarse} nodes;"
+            " thin lines: the K nodes that masks are made of."
+        )
+        masked = f"masked: {share:.0%} of the patches are hidden (grey), whole nodes at a time, at most one in part."
+        if any(shot["softness"] > 0 for _, _, shot in points):
+            masked = f"masked: {share:.0%} of the patches are hidden (grey): nodes, blurred by noise (softness)."
+    predicted = "reconstruction: hidden patches as predicted, visible patches from the image."
+    if bool(points[0][2]["norm_pix_loss"]):
+        predicted += (
+            " The model predicts patches of mean 0 and variance 1 (norm_pix_loss);"
+            " each is shown with its true patch's mean and variance."
+        )
+    return [tree, masked, predicted]
+
+
+def _show(axes: "Axes", image: np.ndarray) -> None:
+    height, width = image.shape[:2]
+    axes.imshow(image, extent=(0, width, height, 0), aspect="auto")
+    axes.set_axis_off()
+
+
+def _show_hierarchy(axes: "Axes", shot: Snapshot, row: int) -> None:
+    """The coarse nodes in their mean colours with thick borders, the scheduled nodes within them with thin ones."""
+    grid_size = tuple(shot["grid_size"])
+    image, coarse, fine = (shot[name][row] for name in ("image", "coarse_labels", "labels"))
+    _show(axes, _mean_colours(image, coarse, grid_size))
+    for labels, line_width, colour in ((fine, 0.5, (1, 1, 1, 0.6)), (coarse, 1.6, (1, 1, 1, 1))):
+        _draw_borders(axes, labels.reshape(grid_size), image.shape[:2], line_width, colour)
+
+
+def _mean_colours(image: np.ndarray, labels: np.ndarray, grid_size: tuple[int, int]) -> np.ndarray:
+    """`(H, W, 3)` uint8: each node in the mean colour of its pixels, with a little of the image left in it."""
+    pixels = _per_pixel(labels, image.shape[:2], grid_size)  # (H, W)
+    area = np.bincount(pixels.ravel())[:, None]
+    colours = np.stack([np.bincount(pixels.ravel(), image[..., c].ravel()) for c in range(3)], -1) / area
+    return (0.75 * colours[pixels] + 0.25 * image).round().astype(np.uint8)
+
+
+def _masked_image(shot: Snapshot, row: int) -> np.ndarray:
+    image = shot["image"][row]
+    hidden = _per_pixel(shot["mask"][row], image.shape[:2], tuple(shot["grid_size"]))
+    return np.where(hidden[..., None], np.uint8(HIDDEN_GREY), image)
+
+
+def _per_pixel(values: np.ndarray, size: tuple[int, int], grid_size: tuple[int, int]) -> np.ndarray:
+    """`(N,)` -> `(H, W)`."""
+    (height, width), (rows, columns) = size, grid_size
+    return np.kron(values.reshape(rows, columns), np.ones((height // rows, width // columns), values.dtype))
+
+
+def _draw_borders(axes: "Axes", labels: np.ndarray, size: tuple[int, int], line_width: float, colour: tuple) -> None:
+    """Lines between side-by-side patches `(rows, columns)` of different nodes."""
+    from matplotlib.collections import LineCollection
+
+    patch_height, patch_width = size[0] / labels.shape[0], size[1] / labels.shape[1]
+    across = np.argwhere(labels[:, 1:] != labels[:, :-1])
+    along = np.argwhere(labels[1:] != labels[:-1])
+    lines = [((c + 1, r), (c + 1, r + 1)) for r, c in across] + [((c, r + 1), (c + 1, r + 1)) for r, c in along]
+    lines = [[(x * patch_width, y * patch_height) for x, y in line] for line in lines]
+    axes.add_collection(LineCollection(lines, colors=[colour], linewidths=line_width, capstyle="projecting"))
+
+
+def _save_small(figure: "Figure", path: Path) -> Path:
+    """Write a PNG; one of few colours if it would be larger than `MAX_BYTES`."""
+    figure.canvas.draw()
+    picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3])
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", optimize=True)
+    colours = 256
+    while buffer.tell() > MAX_BYTES and colours >= 16:
+        buffer = io.BytesIO()
+        picture.quantize(colours).save(buffer, format="PNG", optimize=True)
+        colours //= 2
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(buffer.getvalue())
+    return path
+
+
+# The curves
+
+# Series in the order in which they are drawn, with what a reader needs to know of them.
+CURVES = {
+    "loss": "training loss (rises where masks get harder)",
+    "eval_loss": "loss, final masks",
+    "eval_knn": "k-NN accuracy",
+    "eval_linear": "linear (ridge) accuracy",
+    "eval_hierarchy_ari": "hierarchy: adjusted Rand index",
+    "num_nodes": "nodes K that masks are made of",
+    "learning_rate": "learning rate",
+    "grad_norm": "gradient norm",
+}
+
+
+def render_curves(histories: dict[str, list[dict]], path: str | Path, keys: Sequence[str] | None = None) -> Path:
+    """Draw logged series against the step: one small diagram a series, one line a run.
+
+    Args:
+        histories: Name of the run -> its log, as in `trainer.state.log_history`: dicts with "step" and other numbers.
+        path: Of the PNG; its folder is made.
+        keys: Series to draw; those that no run has are left out. None: all of `CURVES`.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: none of the series is in any of the logs.
+        ImportError: matplotlib is not installed.
+    """
+    keys = list(CURVES) if keys is None else list(keys)
+    series = {key: {name: _series(log, key) for name, log in histories.items()} for key in keys}
+    series = {key: runs for key, runs in series.items() if any(len(steps) for steps, _ in runs.values())}
+    if not series:
+        there = sorted({key for log in histories.values() for entry in log for key in entry} - {"step", "epoch"})
+        raise ValueError(f"keys={keys}: none of them is in histories, which hold {there}; pass some of these")
+    return _draw_curves(series, list(histories), Path(path))
+
+
+def _series(log: list[dict], key: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a key; of a step logged twice (a resumed run) the later value."""
+    points = {entry["step"]: float(entry[key]) for entry in log if "step" in entry and _is_number(entry.get(key))}
+    steps = sorted(points)
+    return steps, [points[step] for step in steps]
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool)
+
+
+def _draw_curves(series: dict[str, dict], names: list[str], path: Path) -> Path:
+    columns = min(4, len(series))
+    rows = math.ceil(len(series) / columns)
+    legend = 34 * math.ceil(len(names) / (2 * columns))
+    figure = _new_figure(400 * columns, 290 * rows + legend)
+    height = 290 * rows + legend
+    grid = figure.subplots(rows, columns, squeeze=False)
+    handles = {}
+    for axes, (key, runs) in zip(grid.flat, series.items(), strict=False):
+        for number, name in enumerate(names):
+            steps, values = runs[name]
+            marker = "o" if len(steps) <= 25 else None
+            (line,) = axes.plot(steps, values, color=f"C{number % 10}", marker=marker, markersize=3.5, label=name)
+            handles[name] = line
+        axes.set_title(CURVES.get(key, key), fontsize=10)
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid.flat[len(series) :]:
+        axes.set_axis_off()
+    figure.legend(list(handles.values()), names, loc="upper center", ncols=2 * columns, fontsize=10, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 1 - legend / height))
+    return _save_small(figure, path)
+
+
+__all__ = ["load_snapshot", "render_curves", "render_gallery", "save_snapshot", "snapshot"]
