@@ -22,7 +22,7 @@ class EHMTrainingArguments(TrainingArguments):
         linear_probe: Whether evaluations add a linear probe to k-NN.
         attn_implementation: Attention kernels: "sdpa", "eager" (the faster one for bfloat16 on CPUs), or another that
             transformers offers.
-        resume_from_checkpoint: "auto" goes on from the newest checkpoint in `output_dir` if there is one; "never" starts
+        resume_from_checkpoint: "auto" goes on from the newest checkpoint in `output_dir`, if any; "never" starts
             afresh; else a checkpoint folder.
     """
 

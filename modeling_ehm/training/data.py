@@ -181,14 +181,20 @@ class StreamedSamples:
     def candidates(self, position: int) -> Iterator[Sample]:
         """As `IndexedSamples.candidates`; replacements come from the same window."""
         if self._windows is None or position < self._start:
-            first_pass = position // self.samples_per_pass if self.samples_per_pass else 0
-            self._windows = self._read(first_pass)
-            self._start, self._samples = next(self._windows)
+            self._seek(position)
         while position >= self._start + len(self._samples):
+            length_was_known = self.samples_per_pass is not None
             self._start, self._samples = next(self._windows)
+            if self.samples_per_pass is not None and not length_was_known:
+                self._seek(position)  # a resumed run need not read the passes between
         offset = position - self._start
         for step in range(len(self._samples)):
             yield self._samples[(offset + step) % len(self._samples)]
+
+    def _seek(self, position: int) -> None:
+        """Start reading at the pass that holds this position, or at the first one while their length is unknown."""
+        self._windows = self._read(position // self.samples_per_pass if self.samples_per_pass else 0)
+        self._start, self._samples = next(self._windows)
 
     def _read(self, pass_index: int) -> Iterator[tuple[int, list[Sample]]]:
         """Windows of shuffled samples with the position of their first, pass after pass."""

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..hierarchy_ehm import PatchHierarchy
-from ..masking_ehm import keyed_uniform
+from modeling_ehm.hierarchy_ehm import PatchHierarchy
+from modeling_ehm.masking_ehm import keyed_uniform
 
 Array = np.ndarray | Tensor
 
@@ -357,7 +357,8 @@ def mask_statistics(bool_masked_pos: Array, grid_size: tuple[int, int]) -> dict[
     """Shape of masks: how large and how compact the hidden regions are.
 
     A region is a set of hidden patches that hang together by their sides. For MAE's random masks of ratio r,
-    compactness is about `r / (2 - r)`, 0.6 at 0.75.
+    compactness is about `r / (2 - r)`, 0.6 at 0.75. At such ratios nearly all hidden patches hang together, however
+    they are drawn (site percolation sets in at 0.59), so look at compactness, or pass `~mask` for the visible regions.
 
     Args:
         bool_masked_pos: `(B, N)` bool, True = masked.

@@ -18,8 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..configuration_ehm import to_pair
-from ..modeling_ehm import EHMForPreTraining, patchify, unpatchify
+from modeling_ehm.configuration_ehm import to_pair
+from modeling_ehm.modeling_ehm import EHMForPreTraining, patchify, unpatchify
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -257,6 +257,8 @@ def _caption(points: list[tuple[int, float, Snapshot]]) -> list[str]:
             f"hierarchy: which patches the model takes as belonging together. Colours and thick lines: {coarse} nodes;"
             " thin lines: the K nodes that masks are made of."
         )
+        if any(shot["num_nodes"] < coarse for _, _, shot in points):
+            tree += f" Where K is below {coarse}, its borders are some of the thick ones."
         masked = f"masked: {share:.0%} of the patches are hidden (grey), whole nodes at a time, at most one in part."
         if any(shot["softness"] > 0 for _, _, shot in points):
             masked = f"masked: {share:.0%} of the patches are hidden (grey): nodes, blurred by noise (softness)."
@@ -280,8 +282,9 @@ def _show_hierarchy(axes: "Axes", shot: Snapshot, row: int) -> None:
     grid_size = tuple(shot["grid_size"])
     image, coarse, fine = (shot[name][row] for name in ("image", "coarse_labels", "labels"))
     _show(axes, _mean_colours(image, coarse, grid_size))
-    for labels, line_width, colour in ((fine, 0.5, (1, 1, 1, 0.6)), (coarse, 1.6, (1, 1, 1, 1))):
-        _draw_borders(axes, labels.reshape(grid_size), image.shape[:2], line_width, colour)
+    thin, thick = [(1.1, (0, 0, 0, 0.2)), (0.5, (1, 1, 1, 0.6))], [(2.8, (0, 0, 0, 0.6)), (1.4, (1, 1, 1, 1))]
+    for labels, strokes in ((fine, thin), (coarse, thick)):  # white with a dark seam shows on any colour
+        _draw_borders(axes, labels.reshape(grid_size), image.shape[:2], strokes)
 
 
 def _mean_colours(image: np.ndarray, labels: np.ndarray, grid_size: tuple[int, int]) -> np.ndarray:
@@ -304,8 +307,8 @@ def _per_pixel(values: np.ndarray, size: tuple[int, int], grid_size: tuple[int, 
     return np.kron(values.reshape(rows, columns), np.ones((height // rows, width // columns), values.dtype))
 
 
-def _draw_borders(axes: "Axes", labels: np.ndarray, size: tuple[int, int], line_width: float, colour: tuple) -> None:
-    """Lines between side-by-side patches `(rows, columns)` of different nodes."""
+def _draw_borders(axes: "Axes", labels: np.ndarray, size: tuple[int, int], strokes: list[tuple[float, tuple]]) -> None:
+    """Lines between side-by-side patches `(rows, columns)` of different nodes; a stroke is a width and a colour."""
     from matplotlib.collections import LineCollection
 
     patch_height, patch_width = size[0] / labels.shape[0], size[1] / labels.shape[1]
@@ -313,7 +316,8 @@ def _draw_borders(axes: "Axes", labels: np.ndarray, size: tuple[int, int], line_
     along = np.argwhere(labels[1:] != labels[:-1])
     lines = [((c + 1, r), (c + 1, r + 1)) for r, c in across] + [((c, r + 1), (c + 1, r + 1)) for r, c in along]
     lines = [[(x * patch_width, y * patch_height) for x, y in line] for line in lines]
-    axes.add_collection(LineCollection(lines, colors=[colour], linewidths=line_width, capstyle="projecting"))
+    for line_width, colour in strokes:
+        axes.add_collection(LineCollection(lines, colors=[colour], linewidths=line_width, capstyle="projecting"))
 
 
 def _save_small(figure: "Figure", path: Path) -> Path:
@@ -342,18 +346,26 @@ CURVES = {
     "eval_linear": "linear (ridge) accuracy",
     "eval_hierarchy_ari": "hierarchy: adjusted Rand index",
     "num_nodes": "nodes K that masks are made of",
+    "mask_compactness": "compactness of the masks",
+    "mask_region_size": "mean size of hidden regions (patches)",
     "learning_rate": "learning rate",
     "grad_norm": "gradient norm",
 }
 
 
-def render_curves(histories: dict[str, list[dict]], path: str | Path, keys: Sequence[str] | None = None) -> Path:
+def render_curves(
+    histories: dict[str, list[dict]],
+    path: str | Path,
+    keys: Sequence[str] | None = None,
+    references: dict[str, float] | None = None,
+) -> Path:
     """Draw logged series against the step: one small diagram a series, one line a run.
 
     Args:
         histories: Name of the run -> its log, as in `trainer.state.log_history`: dicts with "step" and other numbers.
         path: Of the PNG; its folder is made.
         keys: Series to draw; those that no run has are left out. None: all of `CURVES`.
+        references: Key -> a figure that needs no training (raw pixels, plain blocks); drawn as a dashed line.
 
     Returns:
         The path.
@@ -368,7 +380,7 @@ def render_curves(histories: dict[str, list[dict]], path: str | Path, keys: Sequ
     if not series:
         there = sorted({key for log in histories.values() for entry in log for key in entry} - {"step", "epoch"})
         raise ValueError(f"keys={keys}: none of them is in histories, which hold {there}; pass some of these")
-    return _draw_curves(series, list(histories), Path(path))
+    return _draw_curves(series, list(histories), references or {}, Path(path))
 
 
 def _series(log: list[dict], key: str) -> tuple[list[int], list[float]]:
@@ -382,7 +394,7 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float | np.number) and not isinstance(value, bool)
 
 
-def _draw_curves(series: dict[str, dict], names: list[str], path: Path) -> Path:
+def _draw_curves(series: dict[str, dict], names: list[str], references: dict[str, float], path: Path) -> Path:
     columns = min(4, len(series))
     rows = math.ceil(len(series) / columns)
     legend = 34 * math.ceil(len(names) / (2 * columns))
@@ -391,11 +403,14 @@ def _draw_curves(series: dict[str, dict], names: list[str], path: Path) -> Path:
     grid = figure.subplots(rows, columns, squeeze=False)
     handles = {}
     for axes, (key, runs) in zip(grid.flat, series.items(), strict=False):
+        marker = "o" if max(len(steps) for steps, _ in runs.values()) <= 25 else None
         for number, name in enumerate(names):
             steps, values = runs[name]
-            marker = "o" if len(steps) <= 25 else None
             (line,) = axes.plot(steps, values, color=f"C{number % 10}", marker=marker, markersize=3.5, label=name)
             handles[name] = line
+        if key in references:
+            label = "reference without training"
+            handles[label] = axes.axhline(references[key], color="0.5", linestyle="--", linewidth=1.2)
         axes.set_title(CURVES.get(key, key), fontsize=10)
         axes.set_xlabel("step", fontsize=9)
         axes.tick_params(labelsize=8)
@@ -403,7 +418,7 @@ def _draw_curves(series: dict[str, dict], names: list[str], path: Path) -> Path:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid.flat[len(series) :]:
         axes.set_axis_off()
-    figure.legend(list(handles.values()), names, loc="upper center", ncols=2 * columns, fontsize=10, frameon=False)
+    figure.legend(handles.values(), handles.keys(), loc="upper center", ncols=2 * columns, fontsize=10, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 1 - legend / height))
     return _save_small(figure, path)
 

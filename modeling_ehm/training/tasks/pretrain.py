@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 from pathlib import Path
 
 import torch
@@ -44,6 +45,8 @@ def run(recipe: Recipe) -> dict[str, float]:
     resume_from = find_checkpoint(args)
     if resume_from is not None:
         args.eval_on_start = False  # the figures of the untrained weights are in the history already
+    elif args.process_index == 0:
+        forget_earlier_run(Path(args.output_dir))
 
     set_seed(args.seed)  # before the model: the Trainer seeds too late for the initial weights
     model = EHMForPreTraining._from_config(config, attn_implementation=args.attn_implementation)
@@ -102,6 +105,12 @@ def find_checkpoint(args: EHMTrainingArguments) -> str | None:
             f"training.resume_from_checkpoint={chosen!r} is not auto, never, or a folder that holds trainer_state.json"
         )
     return chosen
+
+
+def forget_earlier_run(folder: Path) -> None:
+    """Remove what a run that starts afresh would otherwise mix with an earlier one's in the same folder."""
+    shutil.rmtree(folder / "gallery", ignore_errors=True)
+    (folder / "skipped_images.jsonl").unlink(missing_ok=True)
 
 
 def training_images(data: DataArguments, args: EHMTrainingArguments, config: EHMConfig) -> PretrainingImages:
@@ -181,7 +190,7 @@ def finish(trainer: EHMTrainer, record: RunRecord) -> dict[str, float]:
     summary = {"steps": state.global_step, "references": record.references, "evaluations": evaluated}
     (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
     if trainer.args.num_gallery_images > 0:
-        pictures.render_curves({folder.name: state.log_history}, folder / "curves.png")
+        pictures.render_curves({folder.name: state.log_history}, folder / "curves.png", references=record.references)
     print_table(record.references, evaluated, folder)
     return evaluated[-1] if evaluated else {}
 
