@@ -140,24 +140,32 @@ class EHMConfig(PreTrainedConfig):
         end = max(2, num_patches // 8) if self.num_nodes_end is None else self.num_nodes_end
         return start, min(end, start)
 
-    def validate_sizes(self):
+    def validate_fields(self):
+        # One validator, since the library calls several in alphabetical order: sizes must be sound before they count.
+        self._check_sizes()
+        self._check_widths()
+        self._check_choices()
+        self._check_mask_ratio()
+        self._check_hierarchy()
+
+    def _check_sizes(self):
         for name in ("image_size", "patch_size"):
             value = getattr(self, name)
-            sides = [value] if isinstance(value, int) else list(value)
-            if len(sides) not in (1, 2) or (len(sides) == 1 and not isinstance(value, int)) or min(sides) < 1:
+            sides = [value] * 2 if isinstance(value, int) else value
+            if len(sides) != 2 or min(sides) < 1:
                 raise ValueError(f"{name}={value} must be a positive number of pixels or a pair (height, width)")
-        for side, image, patch in zip(
-            ("height", "width"), to_pair(self.image_size), to_pair(self.patch_size), strict=True
-        ):
+        pairs = zip(("height", "width"), to_pair(self.image_size), to_pair(self.patch_size), strict=True)
+        for side, image, patch in pairs:
             if image % patch:
+                near = sorted({max(image // patch, 1) * patch, (image // patch + 1) * patch})
                 raise ValueError(
                     f"image_size={self.image_size} is not a multiple of patch_size={self.patch_size} in {side};"
-                    f" {image // patch * patch or patch} or {(image // patch + 1) * patch} would be"
+                    f" {' or '.join(map(str, near))} would be"
                 )
         if self.num_channels < 1:
             raise ValueError(f"num_channels={self.num_channels} must be at least 1")
 
-    def validate_widths(self):
+    def _check_widths(self):
         for prefix in ("", "decoder_"):
             width, heads = getattr(self, f"{prefix}hidden_size"), getattr(self, f"{prefix}num_attention_heads")
             if width < 4 or width % 4:
@@ -173,7 +181,7 @@ class EHMConfig(PreTrainedConfig):
                     f"{prefix}num_hidden_layers={getattr(self, prefix + 'num_hidden_layers')} must be at least 1"
                 )
 
-    def validate_mask_ratio(self):
+    def _check_mask_ratio(self):
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio={self.mask_ratio} must lie strictly between 0 and 1")
         hidden = self.num_hidden_patches(self.num_patches)
@@ -183,7 +191,7 @@ class EHMConfig(PreTrainedConfig):
                 " hidden and one visible: change mask_ratio, or make patch_size smaller"
             )
 
-    def validate_choices(self):
+    def _check_choices(self):
         for name, allowed in (
             ("objective", OBJECTIVES),
             ("mask_policy", MASK_POLICIES),
@@ -195,7 +203,7 @@ class EHMConfig(PreTrainedConfig):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
 
-    def validate_hierarchy(self):
+    def _check_hierarchy(self):
         if not 0 <= self.teacher_decay < 1:
             raise ValueError(f"teacher_decay={self.teacher_decay} must lie in [0, 1)")
         if self.teacher_warmup_steps < 0:

@@ -97,16 +97,16 @@ def sincos_positions(grid_size: tuple[int, int], width: int) -> Tensor:
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), table])[None].float()
 
 
-def visible_ids(bool_masked_pos: Tensor, num_patches: int) -> Tensor:
+def visible_ids(bool_masked_pos: Tensor, batch_size: int, num_patches: int) -> Tensor:
     """Indices of the visible patches, ascending: `(B, N)` bool -> `(B, V)` int64.
 
     Raises:
-        ValueError: another dtype or length, rows with different counts, or a row without a visible patch.
+        ValueError: another dtype or shape, rows with different counts, or a row without a visible patch.
     """
-    if bool_masked_pos.dtype != torch.bool or bool_masked_pos.ndim != 2 or bool_masked_pos.shape[1] != num_patches:
+    if bool_masked_pos.dtype != torch.bool or bool_masked_pos.shape != (batch_size, num_patches):
         raise ValueError(
             f"bool_masked_pos has dtype {bool_masked_pos.dtype} and shape {tuple(bool_masked_pos.shape)};"
-            f" bool and (images, {num_patches} patches) are expected, True = masked"
+            f" bool and ({batch_size} images, {num_patches} patches) are expected, True = masked"
         )
     hidden = bool_masked_pos.sum(1)
     low, high = hidden.aminmax()
@@ -175,7 +175,7 @@ class EHMEmbeddings(nn.Module):
         positions = self.positions(grid_size)
         patches = patchify(pixel_values, self.patch_embeddings.patch_size)  # (B, N, P*P*C)
         if bool_masked_pos is not None:
-            ids_keep = visible_ids(bool_masked_pos, patches.shape[1])  # (B, V); checks the mask
+            ids_keep = visible_ids(bool_masked_pos, *patches.shape[:2])  # (B, V); checks the mask
         if bool_masked_pos is None or self.mask_token is not None:
             hidden_states = self.patch_embeddings(patches)  # (B, N, D)
             if bool_masked_pos is not None:
@@ -226,6 +226,9 @@ class EHMAttention(nn.Module):
         self.k_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
         self.v_proj = nn.Linear(hidden_size, hidden_size, bias=config.qkv_bias)
         self.o_proj = nn.Linear(hidden_size, hidden_size)
+        for projection in (self.q_proj, self.k_proj, self.v_proj):
+            # MAE draws queries, keys and values as one (3D, D) matrix: fan-in + fan-out is 4D where ours has 2D.
+            projection.init_gain = 0.5**0.5
 
     def split_heads(self, projected: Tensor) -> Tensor:
         """`(B, T, D)` -> `(B, heads, T, head_dim)`."""
@@ -293,16 +296,23 @@ class EHMLayer(GradientCheckpointingLayer):
         return hidden_states if query_key is None else (hidden_states, query, key)
 
 
-def attention_affinity(query: Tensor, key: Tensor, scaling: float, num_prefix: int = 1) -> Tensor:
-    """Softmaxed attention averaged over heads, prefix tokens' rows and columns removed; `(B, N, N)` float32."""
-    weights = ((query @ key.transpose(2, 3)) * scaling).softmax(dim=-1, dtype=torch.float32)
+def attention_affinity(
+    query: Tensor, key: Tensor, scaling: float, num_prefix: int = 1, bias: Tensor | None = None
+) -> Tensor:
+    """Softmaxed attention averaged over heads, prefix tokens' rows and columns removed; `(B, N, N)` float32.
+
+    `bias` is what some models add to the logits, as relative positions; it broadcasts to `(B, heads, T, T)`.
+    """
+    logits = (query @ key.transpose(2, 3)) * scaling
+    weights = (logits if bias is None else logits + bias).softmax(dim=-1, dtype=torch.float32)
     return weights[..., num_prefix:, num_prefix:].mean(1)
 
 
 def key_affinity(key: Tensor, num_prefix: int = 1) -> Tensor:
     """Cosine of the patches' keys, all heads joined; `(B, heads, T, head_dim)` -> `(B, N, N)` float32."""
     joined = F.normalize(key.transpose(1, 2).flatten(2)[:, num_prefix:].float(), dim=-1)
-    return joined @ joined.transpose(1, 2)
+    with torch.autocast(key.device.type, enabled=False):  # bfloat16 would round neighbours into ties
+        return joined @ joined.transpose(1, 2)
 
 
 class EHMPreTrainedModel(PreTrainedModel):
@@ -320,21 +330,21 @@ class EHMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
-        """MAE's initialisation. `init.*` leaves alone what a checkpoint has filled."""
+        """MAE's initialisation. `init.*` leaves alone what a checkpoint has filled.
+
+        The library calls this for modules that hold parameters of their own, not for those that only hold modules.
+        """
         if isinstance(module, nn.Linear):
-            init.xavier_uniform_(module.weight)
+            init.xavier_uniform_(module.weight, gain=getattr(module, "init_gain", 1.0))
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):  # the patch projection, drawn as the linear map that it is
+            bound = (6 / (module.weight.shape[0] + module.weight[0].numel())) ** 0.5
+            init.uniform_(module.weight, -bound, bound)
+            init.zeros_(module.bias)
         elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, EHMAttention):
-            # MAE draws queries, keys and values as one (3D, D) matrix: fan-in + fan-out is 4D where ours has 2D.
-            for projection in (module.q_proj, module.k_proj, module.v_proj):
-                init.xavier_uniform_(projection.weight, gain=0.5**0.5)
-        elif isinstance(module, EHMPatchEmbeddings):
-            init.xavier_uniform_(module.projection.weight.view(module.projection.weight.shape[0], -1))
-            init.zeros_(module.projection.bias)
         elif isinstance(module, EHMEmbeddings):
             init.normal_(module.cls_token, std=self.config.initializer_range)
             if module.mask_token is not None:

@@ -17,13 +17,17 @@ from .hierarchy_ehm import PatchHierarchy, build_hierarchy, symmetrize
 from .modeling_ehm import EHMForPreTraining, EHMModel, attention_affinity, key_affinity
 
 RECORDER = "ehm_query_key_recorder"
-_recorded: list[tuple[Tensor, Tensor, float]] | None = None
+_recorded: list[tuple[Tensor, Tensor, float, Tensor | None]] | None = None
 
 
 def _record_and_attend(module, query, key, value, attention_mask, **kwargs):
     if _recorded is not None:
         scaling = kwargs.get("scaling")
-        _recorded.append((query, key, query.shape[-1] ** -0.5 if scaling is None else scaling))
+        if attention_mask is not None and attention_mask.dtype == torch.bool:
+            raise ValueError(
+                f"{type(module).__name__} masks tokens out; a model whose tokens all see each other is expected"
+            )
+        _recorded.append((query, key, query.shape[-1] ** -0.5 if scaling is None else scaling, attention_mask))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -33,7 +37,7 @@ AttentionMaskInterface.register(RECORDER, sdpa_mask)
 
 @contextmanager
 def _recording(model: PreTrainedModel):
-    """Route the model's attention through the recorder for a while; yields the list of (query, key, scaling)."""
+    """Route the model's attention through the recorder for a while; yields the list of (query, key, scaling, bias)."""
     global _recorded
     before, training = model.config._attn_implementation, model.training
     model.set_attn_implementation(RECORDER)
@@ -103,7 +107,7 @@ def parse_hierarchy(
     if not layers or not all(-len(recorded) <= layer < len(recorded) for layer in layers):
         raise ValueError(f"layers={layers} must name layers in [-{len(recorded)}, {len(recorded) - 1}]")
     total = 0
-    for query, key, scaling in (recorded[layer] for layer in layers):
+    for query, key, scaling, bias in (recorded[layer] for layer in layers):
         num_prefix = query.shape[2] - num_patches
         if num_prefix < 0:
             raise ValueError(
@@ -111,13 +115,22 @@ def parse_hierarchy(
                 " token a patch is expected"
             )
         if affinity == "attention":
-            total = total + attention_affinity(query, key, scaling, num_prefix)
+            total = total + attention_affinity(query, key, scaling, num_prefix, bias)
         else:
             total = total + key_affinity(key, num_prefix)
     return build_hierarchy(symmetrize(total / len(layers)), linkage, grid_size)
 
 
 def _grid_of(encoder: PreTrainedModel, pixel_values: Tensor) -> tuple[int, int]:
+    if not isinstance(getattr(encoder.config, "patch_size", None), int | list | tuple):
+        raise ValueError(
+            f"{type(encoder).__name__} has no patch_size in its config; a vision transformer with one token a patch is"
+            " expected (of a multimodal model, pass its vision tower)"
+        )
+    if getattr(encoder.config, "num_detection_tokens", 0):
+        raise ValueError(
+            f"{type(encoder).__name__} puts detection tokens after its patches; prefix tokens are expected"
+        )
     (height, width), (patch_height, patch_width) = pixel_values.shape[2:], to_pair(encoder.config.patch_size)
     if height % patch_height or width % patch_width:
         raise ValueError(f"pixel_values is {height}x{width}, not a multiple of patch_size={encoder.config.patch_size}")
