@@ -18,14 +18,16 @@ def main(arguments: list[str] | None = None) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
 
-    recipe = load_recipe(options.recipe, options.overrides)
-    if recipe.task not in TASKS:
-        raise RecipeError(f"task={recipe.task!r} is not one of {', '.join(TASKS)}")
-    TASKS[recipe.task](recipe)
+    try:  # what can be wrong with a recipe, its files and its data is one line; later errors keep their traceback
+        recipe = load_recipe(options.recipe, options.overrides)
+        if recipe.task not in list(TASKS):
+            raise RecipeError(f"task={recipe.task!r} is not one of {', '.join(TASKS)}")
+        task = TASKS[recipe.task]
+        trainer = task.prepare(recipe)
+    except (StrictDataclassError, ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    task.execute(trainer)
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (RecipeError, StrictDataclassError, ValueError, FileNotFoundError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+    main()

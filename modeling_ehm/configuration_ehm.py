@@ -2,6 +2,7 @@
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
 
 # One saved directory serves every Auto class: these entries go into each config.json that is saved with the code.
 AUTO_MAP = {
@@ -144,6 +145,7 @@ class EHMConfig(PreTrainedConfig):
         # One validator, since the library calls several in alphabetical order: sizes must be sound before they count.
         self._check_sizes()
         self._check_widths()
+        self._check_numbers()
         self._check_choices()
         self._check_mask_ratio()
         self._check_hierarchy()
@@ -180,6 +182,19 @@ class EHMConfig(PreTrainedConfig):
                 raise ValueError(
                     f"{prefix}num_hidden_layers={getattr(self, prefix + 'num_hidden_layers')} must be at least 1"
                 )
+
+    def _check_numbers(self):
+        for name in ("intermediate_size", "decoder_intermediate_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
+        for name in ("layer_norm_eps", "initializer_range"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)} must be positive")
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is no activation of transformers, as gelu and relu are")
 
     def _check_mask_ratio(self):
         if not 0 < self.mask_ratio < 1:

@@ -416,7 +416,7 @@ class EHMModel(EHMPreTrainedModel):
             `(B, N, N)` float32, symmetric, larger = more alike.
         """
         chosen = self.config.resolved_affinity_layers
-        with _without_dropout(self):
+        with evaluation_mode(self):  # dropout would make affinities random
             hidden_states = self.embeddings(pixel_values)  # (B, 1 + N, D)
             total = 0
             for index, layer in enumerate(self.layers[: chosen[-1] + 1]):
@@ -440,17 +440,15 @@ class EHMModel(EHMPreTrainedModel):
 
 
 @contextmanager
-def _without_dropout(model: nn.Module):
-    """Evaluation mode for a while, where dropout would make affinities random; a no-op otherwise."""
-    config = model.config
-    switch = model.training and (config.hidden_dropout_prob > 0 or config.attention_probs_dropout_prob > 0)
-    if switch:
-        model.eval()
+def evaluation_mode(model: nn.Module):
+    """Evaluation mode for a while; restored part by part, since a caller may have frozen some parts in it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
     try:
         yield
     finally:
-        if switch:
-            model.train()
+        for module, training in modes.items():
+            module.training = training
 
 
 class EHMDecoder(nn.Module):
@@ -535,10 +533,13 @@ class EHMForPreTraining(EHMPreTrainedModel):
         Raises:
             ValueError: pixels or a mask that do not fit; training without progress; `progress` outside [0, 1].
         """
+        unknown = kwargs.keys() - {"output_hidden_states", "output_attentions"}
+        if unknown:  # a mask under a misspelt name would be ignored, and another one drawn in its place
+            raise TypeError(f"forward() got unknown arguments {sorted(unknown)}; masks are given as bool_masked_pos")
         grid_size = self.get_input_embeddings().grid_of(pixel_values)
         if bool_masked_pos is None:
             bool_masked_pos = self.evolve_mask(pixel_values, progress, mask_seed)  # (B, N), True = masked
-        outputs = self.ehm(pixel_values, bool_masked_pos, **kwargs)  # (B, 1 + V, D), or 1 + N for SimMIM
+        outputs = self.ehm(pixel_values, bool_masked_pos, return_dict=True, **kwargs)  # (B, 1 + V, D); SimMIM: 1 + N
         if self.config.objective == "mae":
             logits = self.decoder(outputs.last_hidden_state, bool_masked_pos, grid_size)  # (B, N, P*P*C)
         else:
@@ -592,7 +593,7 @@ class EHMForPreTraining(EHMPreTrainedModel):
         if progress is None:
             raise ValueError(
                 "progress is not known, and evolved masks depend on it: pass progress=step / max_steps, or add"
-                " modeling_ehm.training.ProgressCallback() to the Trainer"
+                " ProgressCallback() from modeling_ehm.training to the Trainer"
             )
         config = self.config
         start, end = config.num_nodes_range(config.num_patches if num_patches is None else num_patches)

@@ -32,6 +32,7 @@ class EHMTrainingArguments(TrainingArguments):
     linear_probe: bool = field(default=True, metadata={"help": "add a linear probe to k-NN"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention kernels: sdpa, eager, ..."})
 
+    report_to: None | str | list[str] = None  # TensorBoard where it is installed; "none" switches loggers off
     adam_beta2: float = 0.95
     weight_decay: float = 0.05
     max_grad_norm: float = 0.0
@@ -61,6 +62,14 @@ class EHMTrainingArguments(TrainingArguments):
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every loader
+        if self.n_gpu > 1:
+            raise ValueError(
+                f"one process would drive {self.n_gpu} GPUs, and multiply the batch: start with `accelerate launch`, or"
+                " name one GPU in CUDA_VISIBLE_DEVICES"
+            )
+        if self.per_device_train_batch_size < 1:
+            size = self.per_device_train_batch_size
+            raise ValueError(f"training.per_device_train_batch_size={size} must be at least 1")
         if self.global_batch_size is not None:
             share = self.world_size * self.gradient_accumulation_steps
             if self.global_batch_size % share or self.global_batch_size < 1:

@@ -41,6 +41,11 @@ class EMATeacherCallback(TrainerCallback):
         self.encoder = copy.deepcopy(model.ehm).requires_grad_(False).eval()
         if self.resumed_from is not None:
             self.load(self.resumed_from)
+        elif state.global_step > 0:
+            raise RuntimeError(
+                f"training resumes at step {state.global_step}, but not with the moving average of teacher='ema':"
+                " resume with EHMTrainer, or set resumed_from to the checkpoint's folder"
+            )
         model.attach_teacher(self.encoder)
 
     @torch.no_grad()

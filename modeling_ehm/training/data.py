@@ -12,6 +12,7 @@ batches over processes and workers, and skips to any step on resume without deco
 import io
 import json
 import os
+import re
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from torch import Tensor
 # Streams of randomness under one seed.
 ORDER_STREAM, SAMPLE_STREAM = 0, 1
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "MPO")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # multi-picture JPEGs open as JPEG
 READ_AHEAD = 64  # encoded rows fetched at a time from a stream
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -49,10 +50,11 @@ class ImageSource:
         label_column: Column of class labels, for probes.
         segments_column: Column of segment maps, for the hierarchy's accuracy.
         ignore_index: Value of the segment maps that belongs to no segment.
-        max_images: Read only so many images, the first ones; the size of the set for "synthetic".
+        max_images: Read only so many images: the first ones, or, of a stream with several shards, the first ones of
+            each; the size of the set for "synthetic".
     """
 
-    path: str = "synthetic"
+    path: str
     name: str | None = None
     data_dir: str | None = None
     data_files: str | list | dict | None = None
@@ -64,6 +66,10 @@ class ImageSource:
     segments_column: str | None = None
     ignore_index: int | None = None
     max_images: int | None = None
+
+    def __post_init__(self):
+        if self.path == "synthetic" and (self.data_files or self.data_dir or self.name):
+            raise ValueError("path=synthetic is the embedded image set, which has no files: name a path for data_files")
 
 
 @dataclass
@@ -85,7 +91,7 @@ class DataArguments:
         max_pixels: Larger images are not decoded but recorded as skipped (decompression bombs).
     """
 
-    train: ImageSource = field(default_factory=ImageSource)
+    train: ImageSource
     probe_train: ImageSource | None = None
     probe_test: ImageSource | None = None
     segments: ImageSource | None = None
@@ -133,11 +139,20 @@ def keyed_order(seed: int, pass_index: int, part: int, count: int) -> np.ndarray
 
 @dataclass(frozen=True)
 class Sample:
-    """One encoded image in the sequence: its pass over the data, its identity in the source, and its bytes or path."""
+    """One encoded image in the sequence: its pass over the data, its identity in the source, and its bytes or path.
+
+    `sample_id` is the row, and in streams `shard << 40 | row in the shard`.
+    """
 
     pass_index: int
     sample_id: int
-    encoded: dict
+    encoded: dict | None
+
+    @property
+    def place(self) -> dict:
+        """Where to find it, for the record of skipped images."""
+        path = None if self.encoded is None else self.encoded.get("path")
+        return {"shard": self.sample_id >> 40, "row": self.sample_id & (1 << 40) - 1, "path": path}
 
 
 class IndexedSamples:
@@ -179,7 +194,7 @@ class StreamedSamples:
         self._start, self._samples = 0, []
 
     def candidates(self, position: int) -> Iterator[Sample]:
-        """As `IndexedSamples.candidates`; replacements come from the same window."""
+        """As `IndexedSamples.candidates`; replacements come from the same window, then from those after it."""
         if self._windows is None or position < self._start:
             self._seek(position)
         while position >= self._start + len(self._samples):
@@ -190,6 +205,9 @@ class StreamedSamples:
         offset = position - self._start
         for step in range(len(self._samples)):
             yield self._samples[(offset + step) % len(self._samples)]
+        while True:  # a whole window of broken images
+            self._start, self._samples = next(self._windows)
+            yield from self._samples
 
     def _seek(self, position: int) -> None:
         """Start reading at the pass that holds this position, or at the first one while their length is unknown."""
@@ -295,6 +313,8 @@ def decode_image(encoded: dict, num_channels: int, max_pixels: int) -> PILImage.
     """
     if num_channels not in MODES:
         raise ValueError(f"num_channels={num_channels}: image files have 1, 3 or 4; for others write a torch dataset")
+    if encoded is None:
+        raise ValueError("the row holds no image")
     file = io.BytesIO(encoded["bytes"]) if encoded.get("bytes") is not None else encoded["path"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # max_pixels decides
@@ -378,7 +398,7 @@ class PretrainingImages(torch.utils.data.Dataset):
         self.samples, self.data, self.seed = samples, data, seed
         self.image_size, self.num_channels = image_size, num_channels
         self.num_positions, self.record = num_positions, record
-        self.asked = self.skipped = 0  # in this worker
+        self.tried = self.skipped = 0  # images, in this worker
 
     def __len__(self) -> int:
         return self.num_positions
@@ -386,18 +406,22 @@ class PretrainingImages(torch.utils.data.Dataset):
     def __getitem__(self, position: int) -> dict:
         if not 0 <= position < self.num_positions:
             raise IndexError(f"position={position} is not in [0, {self.num_positions})")
-        self.asked += 1
+        assigned = None
         for sample in self.samples.candidates(position):
+            # A replacement is cropped and masked by the key of the image it stands for, so it is nobody's duplicate.
+            assigned = assigned or sample
+            self.tried += 1
             try:
                 image = decode_image(sample.encoded, self.num_channels, self.data.max_pixels)
-                return self.augment(image, sample)
             except Exception as error:  # Pillow raises nearly every type on broken files
                 self._skip(position, sample, error)
-        raise RuntimeError(f"none of the images around position {position} could be decoded; see {self.record}")
+                continue
+            return self.augment(image, assigned)
+        raise RuntimeError(f"none of the images of data.train could be decoded; see {self.record}")
 
-    def augment(self, image: PILImage.Image, sample: Sample) -> dict:
+    def augment(self, image: PILImage.Image, key: Sample) -> dict:
         """Crop, mirror and seed by (seed, pass, sample): 24 numbers, of which the first is the mask's seed."""
-        bits = keyed_bits(self.seed, SAMPLE_STREAM, sample.pass_index, sample.sample_id, count=24)
+        bits = keyed_bits(self.seed, SAMPLE_STREAM, key.pass_index, key.sample_id, count=24)
         uniform = (bits[1:] >> np.uint64(11)) * 2.0**-53
         box = random_resized_crop(image.size, self.data.crop_scale, self.data.crop_ratio, uniform[:22])
         crop = image.crop(box).resize(self.image_size[::-1], PILImage.Resampling.BICUBIC)
@@ -412,15 +436,17 @@ class PretrainingImages(torch.utils.data.Dataset):
                 "position": position,
                 "pass": sample.pass_index,
                 "sample_id": sample.sample_id,
-                "path": sample.encoded.get("path"),
+                **sample.place,
                 "error": f"{type(error).__name__}: {error}",
             }
             self.record.parent.mkdir(parents=True, exist_ok=True)
             with open(self.record, "ab", buffering=0) as file:  # one write a line: workers may append side by side
                 file.write((json.dumps(line) + "\n").encode())
-        if self.asked >= 100 and self.skipped > self.data.max_skipped_share * self.asked:
+        expected = self.data.max_skipped_share * self.tried
+        # Three standard deviations of grace: a share just below the limit must not end a run by chance.
+        if self.tried >= 100 and self.skipped > expected + 3 * expected**0.5:
             raise RuntimeError(
-                f"{self.skipped} of {self.asked} images could not be decoded, more than"
+                f"{self.skipped} of {self.tried} images could not be decoded, more than"
                 f" data.max_skipped_share={self.data.max_skipped_share}; the last: {type(error).__name__}: {error}."
                 f" See {self.record}; raise the share if that many broken images are expected"
             )
@@ -434,17 +460,26 @@ def read_skipped(record: Path) -> list[dict]:
     return list({(line["position"], line["sample_id"]): line for line in lines}.values())
 
 
-class NormalizingCollator:
-    """Stack and normalise uint8 examples: `pixel_values` `(B, C, H, W)` float32, `mask_seed` `(B,)` int64."""
+class Normalizer:
+    """`(B, C, H, W)` uint8 -> float32, less the mean and divided by the standard deviation of each channel."""
 
     def __init__(self, image_mean: list[float], image_std: list[float]):
         self.mean = torch.tensor(image_mean).view(1, -1, 1, 1)
         self.std = torch.tensor(image_std).view(1, -1, 1, 1)
 
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return (pixels.float() / 255 - self.mean) / self.std
+
+
+class NormalizingCollator:
+    """Stack and normalise uint8 examples: `pixel_values` `(B, C, H, W)` float32, `mask_seed` `(B,)` int64."""
+
+    def __init__(self, image_mean: list[float], image_std: list[float]):
+        self.normalize = Normalizer(image_mean, image_std)
+
     def __call__(self, examples: list[dict]) -> dict[str, Tensor]:
-        pixels = torch.stack([example["pixel_values"] for example in examples]).float() / 255
         return {
-            "pixel_values": (pixels - self.mean) / self.std,
+            "pixel_values": self.normalize(torch.stack([example["pixel_values"] for example in examples])),
             "mask_seed": torch.tensor([example["mask_seed"] for example in examples], dtype=torch.int64),
         }
 
@@ -470,14 +505,23 @@ def load_labelled(
     dataset = dataset.select_columns([column, *wanted]).cast_column(column, Image(decode=False))
     size, pixels, labels, segments = image_size[::-1], [], [], []
     for number, row in enumerate(dataset):
-        image = decode_image(row[column], num_channels, max_pixels).resize(size, PILImage.Resampling.BICUBIC)
-        pixels.append(to_uint8_tensor(image))
+        try:
+            image = decode_image(row[column], num_channels, max_pixels)
+        except Exception as error:  # Pillow raises nearly every type on broken files
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{source.path}: row {number} cannot be decoded ({reason})") from None
+        pixels.append(to_uint8_tensor(image.resize(size, PILImage.Resampling.BICUBIC)))
         if source.label_column is not None:
             if row[source.label_column] is None:
                 raise ValueError(f"{source.path}: row {number} has no value in label_column={source.label_column!r}")
             labels.append(int(row[source.label_column]))
         if source.segments_column is not None:
-            segments.append(np.array(row[source.segments_column].resize(size, PILImage.Resampling.NEAREST)))
+            segment_map = row[source.segments_column]
+            if not isinstance(segment_map, PILImage.Image):
+                raise ValueError(
+                    f"{source.path}: row {number} has no image in segments_column={source.segments_column!r}"
+                )
+            segments.append(np.array(segment_map.resize(size, PILImage.Resampling.NEAREST)))
     if not pixels:
         raise ValueError(f"{source.path}, split {source.split!r}, holds no images")
     loaded = {"pixels": torch.stack(pixels)}
@@ -488,11 +532,17 @@ def load_labelled(
     return loaded
 
 
-def describe_source(source: ImageSource) -> str:
-    """One line for logs and model cards; local folders are given by their last part only."""
+def describe_source(source: ImageSource, dataset: Dataset | IterableDataset | None = None) -> str:
+    """One line for logs and model cards; of local files and folders only the last two parts of their path.
+
+    `dataset` is the opened source: a Hub dataset that was prepared locally says which commit it came from.
+    """
     files = source.data_files if isinstance(source.data_files, str) else None
-    parts = [source.path if not os.path.isabs(source.path) else os.path.basename(source.path)]
-    parts += [source.name] if source.name else []
-    parts += [os.path.join(*Path(files).parts[-2:])] if files else []
-    parts += [f"split {source.split}"] + ([f"revision {source.revision}"] if source.revision else [])
-    return ", ".join(parts) + (", streamed" if source.streaming else "")
+    named = [text for text in (source.path, source.name, source.data_dir, files) if text]
+    parts = [os.path.join(*Path(text).parts[-2:]) for text in named]
+    parts.append(f"split {source.split}")
+    checksums = getattr(getattr(dataset, "info", None), "download_checksums", None) or {}
+    resolved = next((found[1] for url in checksums if (found := re.search(r"@([0-9a-f]{40})/", str(url)))), None)
+    parts += [f"revision {revision}"] if (revision := resolved or source.revision) else []
+    parts += ["streamed"] if source.streaming else []
+    return ", ".join(parts)

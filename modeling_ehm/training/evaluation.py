@@ -13,8 +13,9 @@ from torch import Tensor
 
 from modeling_ehm.configuration_ehm import to_pair
 from modeling_ehm.hierarchy_ehm import PatchHierarchy
-from modeling_ehm.modeling_ehm import EHMForPreTraining, EHMModel
+from modeling_ehm.modeling_ehm import EHMForPreTraining, EHMModel, evaluation_mode
 from modeling_ehm.training import metrics, pictures
+from modeling_ehm.training.data import Normalizer
 
 Evaluator = Callable[[EHMForPreTraining, int, float], dict[str, float]]
 
@@ -35,27 +36,17 @@ class HeldOutImages(torch.utils.data.Dataset):
         return {"pixel_values": self.pixels[index], "mask_seed": index}
 
 
-class Normalizer:
-    """`(B, C, H, W)` uint8 -> float32, normalised, on the model's device and in its type."""
-
-    def __init__(self, image_mean: list[float], image_std: list[float]):
-        self.mean = torch.tensor(image_mean).view(1, -1, 1, 1)
-        self.std = torch.tensor(image_std).view(1, -1, 1, 1)
-
-    def __call__(self, pixels: Tensor, model: torch.nn.Module) -> Tensor:
-        return ((pixels.float() / 255 - self.mean) / self.std).to(model.device, model.dtype)
+def to_model(pixels: Tensor, normalize: Normalizer, model: torch.nn.Module) -> Tensor:
+    """Normalised pixels on the model's device and in its type."""
+    return normalize(pixels).to(model.device, model.dtype)
 
 
 @torch.no_grad()
 def encode(encoder: EHMModel, pixels: Tensor, normalize: Normalizer, batch_size: int = 256) -> Tensor:
     """`pooler_output` of images `(n, C, H, W)` uint8 as `(n, D)` float32 on the CPU, in evaluation mode."""
-    training = encoder.training
-    encoder.eval()
-    try:
-        batches = [encoder(normalize(batch, encoder)).pooler_output.float().cpu() for batch in pixels.split(batch_size)]
-    finally:
-        encoder.train(training)
-    return torch.cat(batches)
+    with evaluation_mode(encoder):
+        batches = pixels.split(batch_size)
+        return torch.cat([encoder(to_model(b, normalize, encoder)).pooler_output.float().cpu() for b in batches])
 
 
 def probe(train: tuple[Tensor, Tensor], test: tuple[Tensor, Tensor], linear: bool) -> dict[str, float]:
@@ -103,14 +94,9 @@ class HierarchyEvaluator:
         patch = to_pair(model.config.patch_size)
         grid = self.pixels.shape[2] // patch[0], self.pixels.shape[3] // patch[1]
         segments = metrics.patch_segments(self.segments, grid, self.ignore_index)
-        training = model.training
-        model.eval()
-        try:
-            parsed = [
-                model.parse_hierarchy(self.normalize(part, model)).to("cpu") for part in self.pixels.split(batch_size)
-            ]
-        finally:
-            model.train(training)
+        with evaluation_mode(model):
+            batches = self.pixels.split(batch_size)
+            parsed = [model.parse_hierarchy(to_model(b, self.normalize, model)).to("cpu") for b in batches]
         hierarchy = PatchHierarchy(
             *(torch.cat([getattr(p, name) for p in parsed]) for name in ("parent", "height", "rank"))
         )
@@ -134,7 +120,7 @@ class GalleryEvaluator:
     def __call__(self, model: EHMForPreTraining, step: int, progress: float) -> dict[str, float]:
         seeds = torch.arange(len(self.pixels))
         mean, std = (x.flatten().tolist() for x in (self.normalize.mean, self.normalize.std))
-        taken = pictures.snapshot(model, self.normalize(self.pixels, model), progress, seeds, mean, std)
+        taken = pictures.snapshot(model, to_model(self.pixels, self.normalize, model), progress, seeds, mean, std)
         self.folder.mkdir(parents=True, exist_ok=True)
         pictures.save_snapshot(self.folder / f"step-{step:08d}-progress-{progress:.6f}.npz", taken)
         pictures.render_gallery(self.snapshots(step), self.folder.parent / "gallery.png")

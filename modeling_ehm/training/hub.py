@@ -17,8 +17,8 @@ from modeling_ehm.training.data import read_skipped
 
 # What a model directory is: weights, config, code, processor, card. Not optimiser states, logs or other checkpoints.
 PUSHED_FILES = [
-    "*.safetensors",
-    "*.safetensors.index.json",
+    "model*.safetensors",
+    "model.safetensors.index.json",
     "config.json",
     "*_ehm.py",
     "preprocessor_config.json",
@@ -29,6 +29,7 @@ PUSHED_FILES = [
     "curves.png",
 ]
 VERSIONED = ("modeling_ehm", "torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors")
+RESUME_KEYS = ("seed", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 
 
@@ -39,7 +40,8 @@ class RunRecord:
     Attributes:
         recipe: File of the recipe.
         data: One line on the training images and their revision.
-        model: Fields of the config that the recipe set.
+        model: Fields of the config that the recipe set, and the weights it started from.
+        augmentation: Fields of the data section other than the sources.
         training: Training arguments that the recipe set.
         starts: One entry a start of this run: time, step resumed from, processes, versions.
         references: Figures that need no training, as k-NN on raw pixels.
@@ -49,6 +51,7 @@ class RunRecord:
     recipe: str
     data: str
     model: dict
+    augmentation: dict
     training: dict
     folder: str
     starts: list[dict] = field(default_factory=list)
@@ -58,10 +61,28 @@ class RunRecord:
     def path(self) -> Path:
         return Path(self.folder) / "run.json"
 
+    def settings(self) -> dict:
+        """What must not change when a run goes on: model, data, and what decides the order of samples."""
+        kept = {key: value for key, value in self.training.items() if key in RESUME_KEYS}
+        return {"data": self.data, **self.model, **self.augmentation, **kept}
+
     def begin(self, resumed_from: str | None, num_processes: int) -> None:
-        """Note this start, after those that an earlier process noted in the same folder if this one resumes it."""
+        """Note this start, after those noted in the same folder if this one resumes that run.
+
+        Raises:
+            ValueError: the run that is resumed had other settings; its weights would get a config and a card that lie.
+        """
         if resumed_from is not None and self.path.exists():
-            self.starts = json.loads(self.path.read_text())["starts"]
+            earlier = json.loads(self.path.read_text())
+            self.starts = earlier.pop("starts")
+            before = RunRecord(**earlier).settings()
+            now = json.loads(json.dumps(self.settings(), default=str))
+            if differing := sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
+                shown = ", ".join(f"{k}={now.get(k, 'not set')!r} (was {before.get(k, 'not set')!r})" for k in differing)
+                raise ValueError(
+                    f"{resumed_from} belongs to a run with other settings: {shown}; give them back their values,"
+                    " or choose another training.output_dir"
+                )
         self.starts.append(
             {
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -91,7 +112,9 @@ def model_card(run: RunRecord, state: TrainerState, config: EHMConfig, folder: P
     return TEMPLATE.read_text().format(
         name=Path(run.folder).name,
         recipe=Path(run.recipe).name,
-        recipe_settings=yaml.safe_dump({"model": run.model, "training": run.training}, sort_keys=False).rstrip(),
+        recipe_settings=yaml.safe_dump(
+            {"model": run.model, "data": run.augmentation, "training": run.training}, sort_keys=False
+        ).rstrip(),
         data=run.data,
         image_size=config.image_size,
         patch_size=config.patch_size,
@@ -106,11 +129,16 @@ def model_card(run: RunRecord, state: TrainerState, config: EHMConfig, folder: P
             + ", ".join(f"{name} {version}" for name, version in s["versions"].items())
             for s in run.starts
         ),
-        skipped=f"{len(skipped)} undecodable images were skipped; each is listed in skipped_images.jsonl of the run."
-        if skipped
-        else "No image was skipped.",
+        skipped=_describe_skipped(skipped),
         hashes="\n".join(f"| {p.name} | `{sha256_of(p)}` |" for p in files),
     )
+
+
+def _describe_skipped(skipped: list[dict]) -> str:
+    if not skipped:
+        return "No image was skipped."
+    count = len({line["sample_id"] for line in skipped})
+    return f"{count} undecodable images were skipped; each is listed in skipped_images.jsonl of the run."
 
 
 def _describe_masks(config: EHMConfig) -> str:

@@ -6,10 +6,10 @@
 Letters: B images, C channels, H W pixels, P patch side, N patches, K tree nodes. True = masked.
 """
 
+import importlib.util
 import io
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from modeling_ehm.configuration_ehm import to_pair
-from modeling_ehm.modeling_ehm import EHMForPreTraining, patchify, unpatchify
+from modeling_ehm.modeling_ehm import EHMForPreTraining, evaluation_mode, patchify, unpatchify
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -72,7 +72,7 @@ def snapshot(
     rows, columns = model.get_input_embeddings().grid_of(pixel_values)
     num_nodes, softness = model.mask_schedule(progress, rows * columns)
     num_nodes = min(max(2, num_nodes), rows * columns)
-    with _evaluating(model):
+    with evaluation_mode(model):
         mask = model.evolve_mask(pixel_values, progress, mask_seed)  # (B, N)
         hierarchy = model.parse_hierarchy(pixel_values)
         logits = model(pixel_values, bool_masked_pos=mask, return_loss=False).logits
@@ -90,20 +90,6 @@ def snapshot(
         "norm_pix_loss": np.array(model.config.norm_pix_loss),
         "mask_policy": np.array(model.config.mask_policy),
     }
-
-
-@contextmanager
-def _evaluating(model: EHMForPreTraining) -> Iterator[None]:
-    """Evaluation mode for a while; also part by part, since a caller may have frozen some parts in it."""
-    modes, timings = {module: module.training for module in model.modules()}, model.timings
-    model.eval()
-    model.timings = None  # pictures are no part of the cost of training
-    try:
-        yield
-    finally:
-        model.timings = timings
-        for module, training in modes.items():
-            module.training = training
 
 
 def _reconstruct(model: EHMForPreTraining, logits: Tensor, pixel_values: Tensor, mask: Tensor) -> Tensor:
@@ -156,16 +142,21 @@ def _npz(path: str | Path) -> Path:
     return path
 
 
+def require_matplotlib() -> None:
+    """Raise now, rather than when the first picture is due, if matplotlib is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "pictures are drawn with matplotlib, which is not installed: pip install modeling_ehm[viz], or set"
+            " training.num_gallery_images=0. Recording (snapshot, save_snapshot) works without it"
+        )
+
+
 def _new_figure(width: float, height: float) -> "Figure":
     """An empty figure of a size in pixels, on the Agg canvas."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "pictures are drawn with matplotlib, which is not installed: pip install modeling_ehm[viz]. Recording"
-            " (snapshot, save_snapshot) works without it, so they can also be drawn later, elsewhere"
-        ) from error
+    require_matplotlib()
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width / DPI, height / DPI), dpi=DPI, facecolor="white")
     FigureCanvasAgg(figure)
     return figure
@@ -423,4 +414,4 @@ def _draw_curves(series: dict[str, dict], names: list[str], references: dict[str
     return _save_small(figure, path)
 
 
-__all__ = ["load_snapshot", "render_curves", "render_gallery", "save_snapshot", "snapshot"]
+__all__ = ["load_snapshot", "render_curves", "render_gallery", "require_matplotlib", "save_snapshot", "snapshot"]

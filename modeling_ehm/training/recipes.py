@@ -6,6 +6,7 @@ A recipe has the sections `model` (fields of `EHMConfig`), `data` (`DataArgument
 
 import dataclasses
 import difflib
+import enum
 import types
 import typing
 from pathlib import Path
@@ -24,10 +25,20 @@ class RecipeError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: keyword arguments of the config, the data arguments, keyword arguments of the trainer."""
+    """A checked recipe.
+
+    Attributes:
+        task: What to do; one of the names in `training.tasks`.
+        model: Keyword arguments of `EHMConfig`.
+        pretrained: Directory or Hub id whose weights to start from (`model.pretrained`); None starts at random.
+        data: Sources and augmentation.
+        training: Keyword arguments of `EHMTrainingArguments`.
+        source: File it was read from.
+    """
 
     task: str
     model: dict
+    pretrained: str | None
     data: DataArguments
     training: dict
     source: str
@@ -49,10 +60,15 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
         if not isinstance(sections.setdefault(name, {}) or {}, dict):
             raise RecipeError(f"{path}: section {name!r} must hold keys and values, not {sections[name]!r}")
         sections[name] = sections[name] or {}
+    pretrained = sections["model"].pop("pretrained", None)
+    if not isinstance(pretrained, str | None):
+        raise RecipeError(f"model.pretrained={pretrained!r} must be a directory or a Hub id")
     _check_fields(sections["model"], EHMConfig, "model")
     _check_fields(sections["training"], _training_arguments(), "training")
     data = _build(DataArguments, sections["data"], "data")
-    return Recipe(sections.get("task", "pretrain"), sections["model"], data, sections["training"], str(path))
+    return Recipe(
+        sections.get("task", "pretrain"), sections["model"], pretrained, data, sections["training"], str(path)
+    )
 
 
 def _training_arguments() -> type:
@@ -105,8 +121,15 @@ def _check_fields(values: dict, cls: type, where: str) -> None:
         if not _fits(value, known[key]):
             raise RecipeError(
                 f"{where}.{key}={value!r} has type {type(value).__name__}; {_name(known[key])} is expected"
-                + (": write numbers as 1.0e-4, not 1e-4" if _looks_like_number(value) else "")
+                + _yaml_hint(value)
             )
+
+
+def _yaml_hint(value) -> str:
+    """What YAML may have made of what was written."""
+    if isinstance(value, bool):
+        return f': write "{"yes" if value else "no"}" in quotes, since YAML reads a bare yes or no as true or false'
+    return ": write numbers as 1.0e-4, not 1e-4" if _looks_like_number(value) else ""
 
 
 def _build(cls: type, values: dict, where: str):
@@ -119,6 +142,9 @@ def _build(cls: type, values: dict, where: str):
         if built.get(name) is not None:
             built[name] = _build(inner, built[name], f"{where}.{name}")
     _check_fields(built, cls, where)
+    required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]
+    if missing := [name for name in required if name not in built]:
+        raise RecipeError(f"{where}.{missing[0]} is missing, and has no default")
     try:
         return cls(**built)
     except ValueError as error:
@@ -152,6 +178,8 @@ def _fits(value, hint) -> bool:
         return isinstance(value, int) and not isinstance(value, bool)
     if hint in (bool, str, list, dict, type(None)) or dataclasses.is_dataclass(hint):
         return isinstance(value, hint)
+    if isinstance(hint, type) and issubclass(hint, enum.Enum):
+        return isinstance(value, str)
     return True
 
 

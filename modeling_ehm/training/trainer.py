@@ -32,13 +32,16 @@ class StepClock:
     def add(self, part: str, seconds: float) -> None:
         self.seconds[part] += seconds
 
-    def figures(self) -> dict[str, float]:
-        """`images_per_second` of this process, and shares of the time since the last log, evaluations left out."""
+    def figures(self, num_processes: int) -> dict[str, float]:
+        """`images_per_second` of all processes, and this one's shares of the time since the last log.
+
+        Evaluations are left out of that time.
+        """
         wall = max(time.perf_counter() - self.started - self.paused, 1e-9)
         measured = max(self.seconds["measured"], 1e-9)
         step_share = self.seconds["step"] / wall  # teacher and tree are measured within steps
         return {
-            "images_per_second": self.images / wall,
+            "images_per_second": self.images * num_processes / wall,
             "data_wait_share": self.seconds["data"] / wall,
             "teacher_share": self.seconds["teacher"] / measured * step_share,
             "tree_share": self.seconds["tree"] / measured * step_share,
@@ -63,11 +66,16 @@ class EHMTrainer(Trainer):
         self.add_callback(self.ema_teacher)
         self._last_mask: torch.Tensor | None = None
         self.failed_pushes: list[str] = []
+        self.resume_from: str | None = None
 
     @property
     def bare_model(self) -> EHMForPreTraining:
         """The model without wrappers."""
         return self.accelerator.unwrap_model(self.model)
+
+    def train(self, *args, **kwargs):
+        self.clock.restart()
+        return super().train(*args, **kwargs)
 
     # Timing and logging
 
@@ -80,7 +88,7 @@ class EHMTrainer(Trainer):
     def training_step(self, model, inputs, *args, **kwargs):
         started, bare = time.perf_counter(), self.bare_model
         # Measuring synchronises a GPU, so there only the step before a log is measured.
-        due = (self.state.global_step + 1) % max(1, int(self.args.logging_steps)) == 0
+        due = (self.state.global_step + 1) % max(1, self.state.logging_steps) == 0
         bare.timings = {} if due or self.args.device.type != "cuda" else None
         loss = super().training_step(model, inputs, *args, **kwargs)
         if bare.timings is not None:
@@ -100,7 +108,7 @@ class EHMTrainer(Trainer):
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if "loss" in logs and self._last_mask is not None:
             model = self.bare_model
-            progress = self.state.global_step / self.state.max_steps
+            progress = max(self.state.global_step - 1, 0) / self.state.max_steps  # of the step that made these masks
             logs["progress"] = progress
             samples_per_pass = getattr(getattr(self.train_dataset, "samples", None), "samples_per_pass", None)
             if samples_per_pass:  # `epoch` counts passes over the positions, that is over the whole run
@@ -109,7 +117,7 @@ class EHMTrainer(Trainer):
                 logs["num_nodes"], logs["softness"] = model.mask_schedule(progress)
             for name, value in mask_statistics(self._last_mask[:64].cpu(), model.config.grid_size).items():
                 logs[f"mask_{name}"] = value
-            logs.update(self.clock.figures())
+            logs.update(self.clock.figures(self.args.world_size))
             self.clock.restart()
         super().log(logs, *args, **kwargs)
 

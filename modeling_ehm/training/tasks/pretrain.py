@@ -1,20 +1,22 @@
 """Pre-training: recipe -> config, model, images, evaluators, trainer -> checkpoint, figures, pictures."""
 
+import dataclasses
 import json
 import logging
-import shutil
 from pathlib import Path
 
 import torch
-from transformers import ViTImageProcessorPil, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import AutoConfig, ViTImageProcessorPil, set_seed
 
 from modeling_ehm.configuration_ehm import EHMConfig, to_pair
+from modeling_ehm.conversion import from_vit_mae
 from modeling_ehm.modeling_ehm import EHMForPreTraining
 from modeling_ehm.training import pictures
 from modeling_ehm.training.arguments import EHMTrainingArguments
 from modeling_ehm.training.data import (
+    MODES,
     DataArguments,
+    Normalizer,
     NormalizingCollator,
     PretrainingImages,
     describe_source,
@@ -25,7 +27,6 @@ from modeling_ehm.training.evaluation import (
     GalleryEvaluator,
     HeldOutImages,
     HierarchyEvaluator,
-    Normalizer,
     ProbeEvaluator,
 )
 from modeling_ehm.training.hub import RunRecord
@@ -37,11 +38,11 @@ logger = logging.getLogger(__name__)
 MAX_HELD_OUT = 512  # images of the evaluation loss; it is a curve to look at, the probes are the measure
 
 
-def run(recipe: Recipe) -> dict[str, float]:
-    """Pre-train as the recipe says; returns the last evaluation's figures."""
-    config = EHMConfig(**recipe.model)
+def prepare(recipe: Recipe) -> EHMTrainer:
+    """Build everything that the recipe names, up to the first step; what a user got wrong is found here."""
     args = EHMTrainingArguments(**recipe.training)
-    check_channels(config, recipe.data)
+    if args.num_gallery_images > 0:
+        pictures.require_matplotlib()
     resume_from = find_checkpoint(args)
     if resume_from is not None:
         args.eval_on_start = False  # the figures of the untrained weights are in the history already
@@ -49,17 +50,22 @@ def run(recipe: Recipe) -> dict[str, float]:
         forget_earlier_run(Path(args.output_dir))
 
     set_seed(args.seed)  # before the model: the Trainer seeds too late for the initial weights
-    model = EHMForPreTraining._from_config(config, attn_implementation=args.attn_implementation)
+    model = build_model(recipe, args.attn_implementation)
+    config = model.config
+    check_channels(config, recipe.data)
     images = training_images(recipe.data, args, config)
     evaluators, held_out, references = build_evaluators(recipe.data, args, config, model)
+    augmentation = dataclasses.asdict(recipe.data)
     record = RunRecord(
         recipe.source,
-        describe_source(recipe.data.train),
-        recipe.model,
+        describe_source(recipe.data.train, images.samples.dataset),
+        recipe.model | ({"pretrained": recipe.pretrained} if recipe.pretrained else {}),
+        {k: v for k, v in augmentation.items() if k not in ("train", "probe_train", "probe_test", "segments")},
         recipe.training,
         args.output_dir,
         references=references,
     )
+    record.begin(resume_from, args.world_size)
     trainer = EHMTrainer(
         model=model,
         args=args,
@@ -70,22 +76,53 @@ def run(recipe: Recipe) -> dict[str, float]:
         evaluators=evaluators,
         run=record,
     )
-    record.begin(resume_from, args.world_size)
+    trainer.resume_from = resume_from
+    return trainer
+
+
+def execute(trainer: EHMTrainer) -> dict[str, float]:
+    """Train, evaluate, save, push; returns the last evaluation's figures."""
+    args = trainer.args
     if trainer.is_world_process_zero():
-        record.save()
-        if resume_from is not None:
-            logger.info("resuming from %s", resume_from)
+        trainer.run.save()
+        if trainer.resume_from is not None:
+            logger.info("resuming from %s", trainer.resume_from)
         logger.info(
             "%d images a step, learning rate %.3g, %d steps", args.images_per_step, args.learning_rate, args.max_steps
         )
-    trainer.train(resume_from_checkpoint=resume_from)
-    figures = finish(trainer, record)
+    trainer.train(resume_from_checkpoint=trainer.resume_from)
+    figures = finish(trainer, trainer.run)
     if args.push_to_hub:
         trainer.push_to_hub()
+    for failure in trainer.failed_pushes:
+        logger.warning("a push failed during training: %s", failure)
     return figures
 
 
+def build_model(recipe: Recipe, attn_implementation: str) -> EHMForPreTraining:
+    """A model with MAE's random weights, or one that starts from an EHM or ViTMAE checkpoint."""
+    if recipe.pretrained is None:
+        return EHMForPreTraining._from_config(EHMConfig(**recipe.model), attn_implementation=attn_implementation)
+    kind = AutoConfig.from_pretrained(recipe.pretrained).model_type
+    if kind == "vit_mae":
+        model = from_vit_mae(recipe.pretrained, **recipe.model)
+    elif kind == "ehm":
+        config = EHMConfig.from_pretrained(recipe.pretrained, **recipe.model)
+        model = EHMForPreTraining.from_pretrained(recipe.pretrained, config=config)
+    else:
+        raise RecipeError(
+            f"model.pretrained={recipe.pretrained!r} is of type {kind!r}; only ehm and vit_mae can start a run"
+        )
+    model.set_attn_implementation(attn_implementation)
+    return model
+
+
 def check_channels(config: EHMConfig, data: DataArguments) -> None:
+    if config.num_channels not in MODES:
+        raise RecipeError(
+            f"model.num_channels={config.num_channels}: image files have 1, 3 or 4 channels; for others give a"
+            " torch data set of your own to EHMTrainer"
+        )
     if len(data.image_mean) != config.num_channels:
         raise RecipeError(
             f"data.image_mean={data.image_mean} has {len(data.image_mean)} numbers, but model.num_channels="
@@ -95,21 +132,37 @@ def check_channels(config: EHMConfig, data: DataArguments) -> None:
 
 def find_checkpoint(args: EHMTrainingArguments) -> str | None:
     """Checkpoint folder to go on from, as `training.resume_from_checkpoint` says."""
-    chosen = args.resume_from_checkpoint
+    chosen, folder = args.resume_from_checkpoint, Path(args.output_dir)
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
     if chosen == "never":
+        if found:
+            raise RecipeError(
+                f"training.output_dir={args.output_dir!r} holds {found[0].name} of an earlier run, and"
+                " training.resume_from_checkpoint is 'never'; choose another folder, or remove the checkpoints"
+            )
         return None
     if chosen == "auto":
-        return get_last_checkpoint(args.output_dir) if Path(args.output_dir).is_dir() else None
-    if not (Path(chosen) / "trainer_state.json").exists():
+        for path in found:
+            if is_whole(path):
+                return str(path)
+            logger.warning("%s is not whole (the run ended while it was written) and is left aside", path)
+        return None
+    if not is_whole(Path(chosen)):
         raise RecipeError(
             f"training.resume_from_checkpoint={chosen!r} is not auto, never, or a folder that holds trainer_state.json"
         )
     return chosen
 
 
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes trainer_state.json last."""
+    return (checkpoint / "trainer_state.json").exists()
+
+
 def forget_earlier_run(folder: Path) -> None:
     """Remove what a run that starts afresh would otherwise mix with an earlier one's in the same folder."""
-    shutil.rmtree(folder / "gallery", ignore_errors=True)
+    for snapshot in (folder / "gallery").glob("step-*-progress-*.npz"):
+        snapshot.unlink()
     (folder / "skipped_images.jsonl").unlink(missing_ok=True)
 
 
@@ -135,7 +188,10 @@ def training_images(data: DataArguments, args: EHMTrainingArguments, config: EHM
 
 
 def image_processor(config: EHMConfig, data: DataArguments) -> ViTImageProcessorPil:
-    """transformers' own processor, saved beside the weights: resize to the native size, scale, normalise."""
+    """transformers' own processor, saved beside the weights: resize to the native size, scale, normalise.
+
+    It converts to RGB for 3 channels; for 1 or 4, convert with PIL (`L`, `RGBA`) before calling it.
+    """
     height, width = to_pair(config.image_size)
     return ViTImageProcessorPil(
         size={"height": height, "width": width},
@@ -189,7 +245,7 @@ def finish(trainer: EHMTrainer, record: RunRecord) -> dict[str, float]:
     folder = Path(trainer.args.output_dir)
     summary = {"steps": state.global_step, "references": record.references, "evaluations": evaluated}
     (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
-    if trainer.args.num_gallery_images > 0:
+    if trainer.args.num_gallery_images > 0 and len(state.log_history) > 1:
         pictures.render_curves({folder.name: state.log_history}, folder / "curves.png", references=record.references)
     print_table(record.references, evaluated, folder)
     return evaluated[-1] if evaluated else {}
