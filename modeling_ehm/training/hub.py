@@ -78,7 +78,9 @@ class RunRecord:
             before = RunRecord(**earlier).settings()
             now = json.loads(json.dumps(self.settings(), default=str))
             if differing := sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
-                shown = ", ".join(f"{k}={now.get(k, 'not set')!r} (was {before.get(k, 'not set')!r})" for k in differing)
+                shown = ", ".join(
+                    f"{key}={now.get(key, 'not set')!r} (was {before.get(key, 'not set')!r})" for key in differing
+                )
                 raise ValueError(
                     f"{resumed_from} belongs to a run with other settings: {shown}; give them back their values,"
                     " or choose another training.output_dir"
