@@ -59,6 +59,11 @@ class EHMTrainingArguments(TrainingArguments):
                 f"training.train_sampling_strategy={self.train_sampling_strategy!r} must stay 'sequential': the data"
                 " set itself is shuffled by (seed, pass), and a second shuffling would undo exact resuming"
             )
+        if self.hub_strategy not in ("end", "every_save"):
+            raise ValueError(
+                f"training.hub_strategy={self.hub_strategy!r} is not supported: end pushes the finished model,"
+                " every_save each checkpoint's model too; optimiser states stay here"
+            )
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every loader

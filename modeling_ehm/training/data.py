@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import torch
 from datasets import Dataset, Image, IterableDataset, load_dataset
@@ -29,6 +30,8 @@ from torch import Tensor
 ORDER_STREAM, SAMPLE_STREAM = 0, 1
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # multi-picture JPEGs open as JPEG
+BYTES_AT = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")  # Pillow names what it could not identify
+NO_IMAGES = "data.train yields no images: check path, data_files and split"
 READ_AHEAD = 64  # encoded rows fetched at a time from a stream
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -160,7 +163,7 @@ class IndexedSamples:
 
     def __init__(self, dataset: Dataset, seed: int):
         if len(dataset) == 0:
-            raise ValueError("data.train holds no images: check path, data_files and split")
+            raise ValueError(NO_IMAGES)
         self.dataset, self.seed = dataset, seed
         self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
 
@@ -190,6 +193,10 @@ class StreamedSamples:
     def __init__(self, dataset: IterableDataset, seed: int, window: int):
         self.dataset, self.seed, self.window = dataset, seed, window
         self.samples_per_pass: int | None = None  # known after the first pass
+        first = dataset.iter(batch_size=1)
+        if next(first, None) is None:
+            raise ValueError(NO_IMAGES)
+        first.close()
         self._windows: Iterator[tuple[int, list[Sample]]] | None = None
         self._start, self._samples = 0, []
 
@@ -205,12 +212,20 @@ class StreamedSamples:
         offset = position - self._start
         for step in range(len(self._samples)):
             yield self._samples[(offset + step) % len(self._samples)]
-        while True:  # a whole window of broken images
+        pass_index = self._samples[0].pass_index
+        while self._samples[0].pass_index <= pass_index + 1:  # a whole window of broken images: try a full pass
             self._start, self._samples = next(self._windows)
             yield from self._samples
 
+    def close(self) -> None:
+        """Stop reading. A process that ends while a Parquet reader's threads are still at work is aborted by them."""
+        if self._windows is not None:
+            self._windows.close()
+            self._windows = None
+
     def _seek(self, position: int) -> None:
         """Start reading at the pass that holds this position, or at the first one while their length is unknown."""
+        self.close()
         self._windows = self._read(position // self.samples_per_pass if self.samples_per_pass else 0)
         self._start, self._samples = next(self._windows)
 
@@ -223,8 +238,6 @@ class StreamedSamples:
                 order = keyed_order(self.seed, pass_index, 1 + part, len(samples))
                 yield start, [samples[i] for i in order]
                 start, part = start + len(samples), part + 1
-            if start == pass_start:
-                raise ValueError("data.train yields no images: check path, data_files and split")
             self.samples_per_pass = start - pass_start
             pass_index += 1
 
@@ -315,14 +328,19 @@ def decode_image(encoded: dict, num_channels: int, max_pixels: int) -> PILImage.
         raise ValueError(f"num_channels={num_channels}: image files have 1, 3 or 4; for others write a torch dataset")
     if encoded is None:
         raise ValueError("the row holds no image")
-    file = io.BytesIO(encoded["bytes"]) if encoded.get("bytes") is not None else encoded["path"]
+    content = encoded["bytes"]
+    if content is None:
+        with fsspec.open(encoded["path"], "rb") as file:  # also inside archives and behind URLs
+            content = file.read()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PILImage.DecompressionBombWarning)  # max_pixels decides
-        image = PILImage.open(file, formats=FORMATS)
+        image = PILImage.open(io.BytesIO(content), formats=FORMATS)
     if image.width * image.height > max_pixels:
         raise ValueError(f"{image.width}x{image.height} pixels exceed data.max_pixels={max_pixels}")
     image.load()
     image = ImageOps.exif_transpose(image)
+    if image.mode == "F":
+        raise ValueError("floating point pixels have no range that would say what is black and what is white")
     if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
         image = PILImage.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image.convert(MODES[num_channels])
@@ -400,6 +418,11 @@ class PretrainingImages(torch.utils.data.Dataset):
         self.num_positions, self.record = num_positions, record
         self.tried = self.skipped = 0  # images, in this worker
 
+    def close(self) -> None:
+        """Let go of an open stream; asking for an example opens it again."""
+        if isinstance(self.samples, StreamedSamples):
+            self.samples.close()
+
     def __len__(self) -> int:
         return self.num_positions
 
@@ -437,7 +460,7 @@ class PretrainingImages(torch.utils.data.Dataset):
                 "pass": sample.pass_index,
                 "sample_id": sample.sample_id,
                 **sample.place,
-                "error": f"{type(error).__name__}: {error}",
+                "error": f"{type(error).__name__}: {BYTES_AT.sub('the bytes', str(error))}",
             }
             self.record.parent.mkdir(parents=True, exist_ok=True)
             with open(self.record, "ab", buffering=0) as file:  # one write a line: workers may append side by side
@@ -512,9 +535,7 @@ def load_labelled(
             raise ValueError(f"{source.path}: row {number} cannot be decoded ({reason})") from None
         pixels.append(to_uint8_tensor(image.resize(size, PILImage.Resampling.BICUBIC)))
         if source.label_column is not None:
-            if row[source.label_column] is None:
-                raise ValueError(f"{source.path}: row {number} has no value in label_column={source.label_column!r}")
-            labels.append(int(row[source.label_column]))
+            labels.append(_label(row[source.label_column], number, source))
         if source.segments_column is not None:
             segment_map = row[source.segments_column]
             if not isinstance(segment_map, PILImage.Image):
@@ -530,6 +551,17 @@ def load_labelled(
     if segments:
         loaded["segments"] = torch.from_numpy(np.stack(segments).astype(np.int64))
     return loaded
+
+
+def _label(value, row: int, source: ImageSource) -> int:
+    if value is None:
+        raise ValueError(f"{source.path}: row {row} has no value in label_column={source.label_column!r}")
+    if not isinstance(value, int):
+        raise ValueError(
+            f"{source.path}: row {row} has {value!r} in label_column={source.label_column!r}, which should hold the"
+            " numbers of classes"
+        )
+    return int(value)
 
 
 def describe_source(source: ImageSource, dataset: Dataset | IterableDataset | None = None) -> str:

@@ -15,7 +15,8 @@ from transformers import TrainerState
 from modeling_ehm.configuration_ehm import EHMConfig
 from modeling_ehm.training.data import read_skipped
 
-# What a model directory is: weights, config, code, processor, card. Not optimiser states, logs or other checkpoints.
+# What a model directory is: weights, config, code, processor, card. Not optimiser states, logs or other checkpoints;
+# nor training arguments, which tell the folders of the machine: the card tells the recipe.
 PUSHED_FILES = [
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -23,7 +24,6 @@ PUSHED_FILES = [
     "*_ehm.py",
     "preprocessor_config.json",
     "processor_config.json",
-    "training_args.json",
     "README.md",
     "gallery.png",
     "curves.png",
@@ -114,9 +114,7 @@ def model_card(run: RunRecord, state: TrainerState, config: EHMConfig, folder: P
     return TEMPLATE.read_text().format(
         name=Path(run.folder).name,
         recipe=Path(run.recipe).name,
-        recipe_settings=yaml.safe_dump(
-            {"model": run.model, "data": run.augmentation, "training": run.training}, sort_keys=False
-        ).rstrip(),
+        recipe_settings=_describe_settings(run),
         data=run.data,
         image_size=config.image_size,
         patch_size=config.patch_size,
@@ -134,6 +132,14 @@ def model_card(run: RunRecord, state: TrainerState, config: EHMConfig, folder: P
         skipped=_describe_skipped(skipped),
         hashes="\n".join(f"| {p.name} | `{sha256_of(p)}` |" for p in files),
     )
+
+
+def _describe_settings(run: RunRecord) -> str:
+    """The recipe's sections as YAML, without folders of the machine."""
+    training = {key: value for key, value in run.training.items() if not key.endswith("_dir")}
+    return yaml.safe_dump(
+        {"model": run.model, "data": run.augmentation, "training": training}, sort_keys=False
+    ).rstrip()
 
 
 def _describe_skipped(skipped: list[dict]) -> str:
@@ -174,12 +180,13 @@ def _figures(run: RunRecord, state: TrainerState) -> str:
     return "\n".join(lines)
 
 
-def push_folder(folder: str | Path, repo_id: str, message: str):
+def push_folder(folder: str | Path, repo_id: str, message: str, revision: str | None = None):
     """Upload a model directory in one commit; the code travels in the same commit as the config that names it."""
     return HfApi().upload_folder(
         repo_id=repo_id,
         folder_path=folder,
         commit_message=message,
+        revision=revision,
         allow_patterns=PUSHED_FILES,
         ignore_patterns=["*/*"],
     )

@@ -72,10 +72,12 @@ def snapshot(
     rows, columns = model.get_input_embeddings().grid_of(pixel_values)
     num_nodes, softness = model.mask_schedule(progress, rows * columns)
     num_nodes = min(max(2, num_nodes), rows * columns)
+    timings, model.timings = model.timings, None  # pictures are no part of the cost of training
     with evaluation_mode(model):
         mask = model.evolve_mask(pixel_values, progress, mask_seed)  # (B, N)
         hierarchy = model.parse_hierarchy(pixel_values)
         logits = model(pixel_values, bool_masked_pos=mask, return_loss=False).logits
+    model.timings = timings
     pixel_values = pixel_values.float()
     return {
         "image": _displayable(pixel_values, mean, std),

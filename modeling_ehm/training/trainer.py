@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
+from torch.utils.data import DataLoader, Dataset
 from transformers import Trainer
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 
-from modeling_ehm.modeling_ehm import EHMForPreTraining
+from modeling_ehm.modeling_ehm import EHMForPreTraining, evaluation_mode
 from modeling_ehm.training import hub
 from modeling_ehm.training.callbacks import EMATeacherCallback, ProgressCallback
 from modeling_ehm.training.evaluation import Evaluator
@@ -127,15 +128,8 @@ class EHMTrainer(Trainer):
         """The loss on held-out images under the final masks, then every evaluator; all logged as one row."""
         started = time.perf_counter()
         figures = {}
-        if eval_dataset is not None or self.eval_dataset is not None:
-            output = self.evaluation_loop(
-                self.get_eval_dataloader(eval_dataset),
-                description="Evaluation",
-                prediction_loss_only=True,
-                ignore_keys=ignore_keys,
-                metric_key_prefix=metric_key_prefix,
-            )
-            figures = {k: v for k, v in output.metrics.items() if k.endswith("_loss")}
+        if self.is_world_process_zero() and (eval_dataset or self.eval_dataset) is not None:
+            figures[f"{metric_key_prefix}_loss"] = self.held_out_loss(eval_dataset or self.eval_dataset)
         if self.is_world_process_zero():
             progress = self.state.global_step / self.state.max_steps if self.state.max_steps else 0.0
             for evaluator in self.evaluators:
@@ -147,6 +141,21 @@ class EHMTrainer(Trainer):
         self.log(figures)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, figures)
         return figures
+
+    @torch.no_grad()
+    def held_out_loss(self, dataset: Dataset) -> float:
+        """Mean loss per image under the final masks, on this process alone.
+
+        The Trainer's own loop pads the last batches of several processes with repeated images, which would make the
+        figure depend on their number.
+        """
+        loader = DataLoader(dataset, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        total = 0.0
+        with evaluation_mode(self.bare_model):
+            for batch in loader:
+                batch = self._prepare_inputs(batch)
+                total += float(self.bare_model(**batch).loss) * len(batch["pixel_values"])
+        return total / len(dataset)
 
     # Checkpoints and pushes
 
@@ -183,9 +192,8 @@ class EHMTrainer(Trainer):
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         try:
-            hub.push_folder(
-                checkpoint_folder, self.hub_model_id, f"Training in progress, step {self.state.global_step}"
-            )
+            message = f"Training in progress, step {self.state.global_step}"
+            hub.push_folder(checkpoint_folder, self.hub_model_id, message, self.args.hub_revision)
         except Exception as error:  # a Hub that is down must not end a training
             self.failed_pushes.append(f"step {self.state.global_step}: {type(error).__name__}: {error}")
             logger.warning("push to %s failed and will be tried again at the next save: %s", self.hub_model_id, error)
@@ -197,4 +205,4 @@ class EHMTrainer(Trainer):
             return None
         if self.hub_model_id is None:
             self.init_hf_repo()
-        return hub.push_folder(self.args.output_dir, self.hub_model_id, commit_message)
+        return hub.push_folder(self.args.output_dir, self.hub_model_id, commit_message, self.args.hub_revision)

@@ -90,7 +90,10 @@ def execute(trainer: EHMTrainer) -> dict[str, float]:
         logger.info(
             "%d images a step, learning rate %.3g, %d steps", args.images_per_step, args.learning_rate, args.max_steps
         )
-    trainer.train(resume_from_checkpoint=trainer.resume_from)
+    try:
+        trainer.train(resume_from_checkpoint=trainer.resume_from)
+    finally:
+        trainer.train_dataset.close()
     figures = finish(trainer, trainer.run)
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -134,11 +137,11 @@ def find_checkpoint(args: EHMTrainingArguments) -> str | None:
     """Checkpoint folder to go on from, as `training.resume_from_checkpoint` says."""
     chosen, folder = args.resume_from_checkpoint, Path(args.output_dir)
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    if chosen == "never":
+    if chosen in ("never", None):
         if found:
             raise RecipeError(
                 f"training.output_dir={args.output_dir!r} holds {found[0].name} of an earlier run, and"
-                " training.resume_from_checkpoint is 'never'; choose another folder, or remove the checkpoints"
+                " training.resume_from_checkpoint is 'never' or null; choose another folder, or remove the checkpoints"
             )
         return None
     if chosen == "auto":
@@ -238,7 +241,7 @@ def finish(trainer: EHMTrainer, record: RunRecord) -> dict[str, float]:
     if trainer.evaluators and (not evaluated or evaluated[-1]["step"] != state.global_step):
         trainer.evaluate()
         evaluated = [row for row in state.log_history if "eval_runtime" in row]
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # without the push that follows otherwise: figures and card come first
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return evaluated[-1] if evaluated else {}

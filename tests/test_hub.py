@@ -1,0 +1,237 @@
+"""Pushes of real runs to a Hub on loopback, over real HTTP, and what fresh processes can load from each commit."""
+
+import hashlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import HTTPError
+from urllib.request import urlopen
+
+import pytest
+import torch
+import yaml
+from conftest import BLOCK_PACKAGE
+from loopback_hub import LoopbackHub
+from tiny_recipes import PROBES, ROOT, log_of, picture, write_recipe
+from transformers import AutoImageProcessor
+
+from modeling_ehm import EHMModel
+
+TOKEN, REPO = "hf_loopbacksecret", "alice/tiny"
+CODE = {"configuration_ehm.py", "hierarchy_ehm.py", "masking_ehm.py", "modeling_ehm.py"}
+PUSHING = {"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": "every_save", "hub_private_repo": True}
+SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+
+# Refusals first: they must leave nothing behind that a later load could use.
+LOAD_EACH_COMMIT = (
+    BLOCK_PACKAGE
+    + """
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining
+torch.set_num_threads(1)
+repo, image, target, *shas = sys.argv[1:]
+for auto in (AutoModel, AutoModelForPreTraining):
+    for trust in ({}, {"trust_remote_code": False}):
+        try:
+            auto.from_pretrained(repo, revision=shas[-1], **trust)
+        except ValueError as error:
+            assert "trust_remote_code" in str(error), error
+        else:
+            raise SystemExit("code of the repository ran although nobody allowed it")
+assert not [name for name in sys.modules if "tiny" in name and name.startswith("transformers_modules")]
+features = {}
+for sha in shas:
+    allowed = {"revision": sha, "trust_remote_code": True}
+    processor = AutoImageProcessor.from_pretrained(repo, revision=sha)
+    encoder = AutoModel.from_pretrained(repo, **allowed)
+    whole = AutoModelForPreTraining.from_pretrained(repo, **allowed)
+    assert (type(encoder).__name__, type(whole).__name__) == ("EHMModel", "EHMForPreTraining")
+    assert sha in type(encoder).__module__ and sha in type(whole).__module__
+    inputs = processor(Image.open(image), return_tensors="pt")
+    with torch.no_grad():
+        features[sha] = encoder.eval()(**inputs).pooler_output
+        assert torch.equal(whole.ehm.eval()(**inputs).pooler_output, features[sha])
+torch.save(features, target)
+"""
+)
+
+LOAD_WITH_PACKAGE = """
+import sys
+import modeling_ehm
+from transformers import AutoModel, AutoModelForPreTraining
+repo, sha = sys.argv[1:]
+assert type(AutoModel.from_pretrained(repo, revision=sha)) is modeling_ehm.EHMModel
+assert type(AutoModelForPreTraining.from_pretrained(repo, revision=sha)) is modeling_ehm.EHMForPreTraining
+assert not [name for name in sys.modules if name.startswith("transformers_modules")]
+"""
+
+
+def client(hub, folder, *arguments, token=TOKEN):
+    """A fresh interpreter with an empty HF_HOME and no terminal; `arguments` follow `python`."""
+    environment = hub.env(token, folder / "home") | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *map(str, arguments)]
+    folder.mkdir(exist_ok=True)
+    return subprocess.run(
+        command, env=environment, cwd=folder, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
+
+
+def train(hub, folder, **training):
+    """Run train_ehm.py on a tiny recipe with probes; saves and pushes after each of 2 steps."""
+    settings = {**PUSHING, **SAVING, "eval_strategy": "steps", "eval_steps": 1, "num_gallery_images": 2, **training}
+    folder.mkdir()
+    return client(
+        hub, folder, ROOT / "train_ehm.py", write_recipe(folder / "recipe.yaml", data=PROBES, training=settings)
+    )
+
+
+def text_of_everything(hub, run) -> bytes:
+    """All that the Hub received and logged, all that the run wrote, and what it printed."""
+    files = [path for root in (hub.root, run.folder) for path in root.rglob("*") if path.is_file()]
+    printed = run.done.stdout + run.done.stderr + repr(hub.log)
+    return printed.encode() + b"".join(path.read_bytes() for path in files)
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    """A finished run with two saves and the Hub that it pushed to."""
+    folder = tmp_path_factory.mktemp("hub")
+    with LoopbackHub(folder / "hub", {TOKEN: "alice", "hf_otherssecret": "bob"}) as hub:
+        done = train(hub, folder / "run")
+        assert done.returncode == 0, done.stderr
+        commits = [commit for commit in hub.commits(REPO) if "config.json" in commit.files]
+        yield SimpleNamespace(hub=hub, folder=folder / "run", out=folder / "run" / "out", done=done, commits=commits)
+        assert hub.leaks() == []
+
+
+def test_every_commit_loads_where_the_package_is_missing(pushed, tmp_path):
+    """Model, pre-training model and processor of each commit, by its sha; the last gives the local model's features."""
+    image = tmp_path / "image.png"
+    picture(120, 50, 40).save(image)
+    shas = [commit.sha for commit in pushed.commits]
+    assert len(shas) >= 3  # two saves, and the end with its pictures
+    done = client(pushed.hub, tmp_path / "there", "-c", LOAD_EACH_COMMIT, REPO, image, tmp_path / "features.pt", *shas)
+    assert done.returncode == 0, done.stderr
+    features = torch.load(tmp_path / "features.pt")
+    inputs = AutoImageProcessor.from_pretrained(pushed.out)(picture(120, 50, 40), return_tensors="pt")
+    with torch.no_grad():
+        local = EHMModel.from_pretrained(pushed.out).eval()(**inputs).pooler_output
+    assert torch.equal(features[shas[-1]], local) and not torch.equal(features[shas[0]], local)
+
+
+def test_the_package_makes_remote_code_needless(pushed, tmp_path):
+    """With `modeling_ehm` imported, nothing has to be trusted and no code of the repository is used."""
+    done = client(pushed.hub, tmp_path / "there", "-c", LOAD_WITH_PACKAGE, REPO, pushed.commits[-1].sha)
+    assert done.returncode == 0, done.stderr
+
+
+def test_each_commit_is_the_checkpoint_it_names(pushed):
+    """The commit of a step holds the bytes of that step's checkpoint, although training went on."""
+    steps = [re.fullmatch("Training in progress, step ([12])", commit.summary) for commit in pushed.commits]
+    assert [match[1] for match in steps if match] == ["1", "2"]
+    for commit, match in zip(pushed.commits, steps, strict=True):
+        local = pushed.out / f"checkpoint-{match[1]}" if match else pushed.out
+        for name in ("model.safetensors", "config.json", *CODE):
+            assert pushed.hub.read(REPO, name, commit.sha) == (local / name).read_bytes(), (commit.summary, name)
+
+
+def test_only_what_belongs_to_a_model_is_pushed(pushed):
+    """No pickle, no optimiser, no state, no checkpoint folders, in no commit; code and processor in each."""
+    for commit in pushed.commits:
+        names = set(commit.files)
+        assert CODE | {"model.safetensors", "config.json", "preprocessor_config.json", "README.md"} <= names
+        assert not [n for n in names if n.endswith((".bin", ".pt", ".pth", ".pkl", ".npz", ".jsonl")) or "/" in n]
+        assert not names & {"trainer_state.json", "ema_teacher.safetensors", "run.json"}
+        assert all(
+            (ROOT / "modeling_ehm" / name).read_bytes() == pushed.hub.read(REPO, name, commit.sha) for name in CODE
+        )
+    for name in ("gallery.png", "curves.png"):  # of the last commit
+        assert pushed.hub.read(REPO, name) == (pushed.out / name).read_bytes()
+
+
+def test_the_card_tells_recipe_data_figures_and_hashes(pushed):
+    """Each commit's card parses, and what it says is what the commit and the run hold."""
+    for commit in pushed.commits:
+        card = pushed.hub.read(REPO, "README.md", commit.sha).decode()
+        front, _, body = card.removeprefix("---\n").partition("\n---\n")
+        assert yaml.safe_load(front)["library_name"] == "transformers"
+        assert "{" not in re.sub("```.*?```", "", body, flags=re.DOTALL)  # no field of the template is left
+        settings = yaml.safe_load(re.search("```yaml\n(.*?)```", body, re.DOTALL)[1])
+        recipe = yaml.safe_load((pushed.folder / "recipe.yaml").read_text())
+        assert settings["model"] == recipe["model"] and settings["training"]["base_learning_rate"] == 0.032
+        assert "Recipe `recipe.yaml`" in body and "- Data: synthetic, split train. No image was skipped." in body
+        hashes = dict(re.findall(r"^\| (\S+) \| `([0-9a-f]{64})` \|$", body, re.MULTILINE))
+        assert set(hashes) == CODE | {"model.safetensors", "config.json"}
+        for name, digest in hashes.items():
+            assert hashlib.sha256(pushed.hub.read(REPO, name, commit.sha)).hexdigest() == digest, name
+    assert "Steps: 2 of 2" in body
+    last = [row for row in log_of(pushed.out) if "eval_knn" in row][-1]
+    assert re.search(rf"^\| knn \| [0-9.]+ \| .* \| {last['eval_knn']:.3f} \(step 2\) \|$", body, re.MULTILINE)
+
+
+def test_the_card_does_not_tell_where_it_was_trained(pushed):
+    """Folders of the machine are nobody's business: no absolute path in any card."""
+    for commit in pushed.commits:
+        card = pushed.hub.read(REPO, "README.md", commit.sha).decode()
+        assert str(pushed.folder) not in card
+
+
+def test_the_repository_is_private(pushed):
+    """As asked for: without a token there is nothing to see."""
+    for path in (f"/api/models/{REPO}", f"/{REPO}/resolve/main/config.json"):
+        with pytest.raises(HTTPError) as refused:
+            urlopen(pushed.hub.url + path)
+        assert refused.value.code == 401
+
+
+def test_the_token_is_nowhere(pushed):
+    """Not in what the Hub received, not in the output folder, not in what was printed; nor sent to another origin."""
+    everything = text_of_everything(pushed.hub, pushed)
+    assert b"safetensors" in everything and TOKEN.encode() not in everything
+    assert pushed.hub.leaks() == [] and any(record.authorized for record in pushed.hub.log)
+
+
+def test_a_hub_that_is_down_in_between_does_not_end_the_run(tmp_path):
+    """Both pushes in training meet a 503: both are told, checkpoints are whole, and the end brings the final model."""
+    with LoopbackHub(tmp_path / "hub", {TOKEN: "alice"}) as hub:
+        refused = hub.fault("POST .*/commit/", status=503, times=2)
+        done = train(hub, tmp_path / "run", eval_strategy="no")
+        out = tmp_path / "run" / "out"
+        assert done.returncode == 0 and refused.hits == 2, done.stderr
+        assert done.stderr.count(f"push to {REPO} failed") == 2 and "503" in done.stderr
+        for step in (1, 2):
+            assert_complete(out / f"checkpoint-{step}", step)
+        assert hub.read(REPO, "model.safetensors") == (out / "model.safetensors").read_bytes()
+        assert TOKEN.encode() not in text_of_everything(hub, SimpleNamespace(folder=tmp_path / "run", done=done))
+        assert hub.leaks() == []
+
+
+def test_a_hub_that_stays_down_costs_nothing_but_the_push(tmp_path):
+    """Model, figures and table are there all the same; the run fails at its very end, with the Hub's answer."""
+    with LoopbackHub(tmp_path / "hub", {TOKEN: "alice"}) as hub:
+        hub.fault("POST .*/commit/", status=503, times=-1)
+        done = train(hub, tmp_path / "run")
+        out = tmp_path / "run" / "out"
+        assert_complete(out / "checkpoint-2", 2)
+        assert (out / "model.safetensors").exists() and json.loads((out / "results.json").read_text())["steps"] == 2
+        assert "reference" in done.stdout  # the table
+        assert done.returncode == 1 and "503" in done.stderr and REPO in done.stderr
+        assert all("config.json" not in commit.files for commit in hub.commits(REPO))
+
+
+def assert_complete(checkpoint: Path, step: int) -> None:
+    names = {path.name for path in checkpoint.iterdir()}
+    assert {
+        "model.safetensors",
+        "config.json",
+        "README.md",
+        "optimizer.pt",
+        "scheduler.pt",
+        "rng_state.pth",
+    } | CODE <= names
+    assert json.loads((checkpoint / "trainer_state.json").read_text())["global_step"] == step
+    EHMModel.from_pretrained(checkpoint)

@@ -1,0 +1,136 @@
+"""`train_ehm.py` as a user meets it: one command that ends with a table, or one line that says what is wrong."""
+
+import json
+import runpy
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+from tiny_recipes import PROBES, ROOT, SEGMENTS, child_environment, write_parquet, write_recipe
+
+SCRIPT = ROOT / "train_ehm.py"
+FIVE = ["model.num_channels=5", "data.image_mean=[0, 0, 0, 0, 0]", "data.image_std=[1, 1, 1, 1, 1]"]
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+
+
+def run_script(folder, *arguments):
+    command = [sys.executable, SCRIPT, *map(str, arguments)]
+    environment = child_environment(folder / "home")
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
+
+
+def test_one_command_trains_evaluates_and_reports(tmp_path):
+    """Exit 0, a table beside the reference, and on disk the model, the pictures and the same figures."""
+    training = EVALUATED | {"save_strategy": "steps", "save_steps": 2, "num_gallery_images": 2}
+    recipe = write_recipe(tmp_path / "recipe.yaml", data=PROBES | SEGMENTS, training=training)
+    done = run_script(tmp_path, recipe, "training.output_dir=elsewhere", "training.max_steps=2")
+    assert done.returncode == 0, done.stderr
+    assert "8 images a step, learning rate 0.001, 2 steps" in done.stderr
+    out = tmp_path / "elsewhere"
+    assert not (tmp_path / "out").exists()  # the override won
+    assert (out / "checkpoint-2" / "model.safetensors").exists()
+    for name in ("gallery.png", "curves.png"):
+        assert min(Image.open(out / name).size) > 100
+    results = json.loads((out / "results.json").read_text())
+    assert results["steps"] == 2 and [row["step"] for row in results["evaluations"]] == [0, 2]
+
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert ["reference", "step", "0", "step", "2"] in lines
+    table = {line[0]: line[1:] for line in lines if len(line) == 4}
+    assert {"loss", "knn", "linear", "hierarchy_ari", "hierarchy_purity", "hierarchy_iou"} <= table.keys()
+    first, last = results["evaluations"]
+    for name, (reference, *figures) in ((name, table[name]) for name in ("knn", "linear", "hierarchy_ari")):
+        assert reference == f"{results['references'][f'eval_{name}']:.3f}"
+        assert figures == [f"{row[f'eval_{name}']:.3f}" for row in (first, last)]
+    assert table["loss"][0] == "-"
+    assert "wrote model.safetensors, gallery.png, curves.png, results.json to elsewhere" in done.stdout
+
+
+def test_an_error_is_one_line_and_a_failing_exit_code(tmp_path):
+    """The process ends with 1, prints one line and no traceback."""
+    done = run_script(tmp_path, tmp_path / "nowhere.yaml")
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("error: cannot read the recipe") and done.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def error_of(tmp_path, monkeypatch, capsys):
+    """`error_of(*overrides)`: the line with which the script ends, run in this process as `__main__`."""
+
+    def run(*overrides, recipe=None):
+        recipe = recipe or write_recipe(tmp_path / "recipe.yaml", data=PROBES, training=EVALUATED)
+        monkeypatch.setattr(sys, "argv", ["train_ehm.py", str(recipe), *overrides])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        code = ended.value.code  # text: the interpreter prints it and exits with 1
+        assert isinstance(code, str) and code.startswith("error: ") and "\n" not in code
+        assert not (tmp_path / "out" / "model.safetensors").exists()
+        return code
+
+    return run
+
+
+@pytest.mark.parametrize(
+    "overrides, parts",
+    [
+        (["training.max_step=5"], ["training.max_step: unknown key", "did you mean 'max_steps'?"]),
+        (["training.learning_rate=1e-4"], ["training.learning_rate='1e-4'", "write numbers as 1.0e-4"]),
+        (["task=paint"], ["task='paint' is not one of", "pretrain"]),
+        (["task=[pretrain]"], ["task=['pretrain'] is not one of", "pretrain"]),
+        (["model.mask_ratio=1.0"], ["mask_ratio=1.0 must lie strictly between 0 and 1"]),
+        (["model.mask_ratio=0.01"], ["mask_ratio=0.01 hides 0 of 16 patches", "at least one patch must be hidden"]),
+        (["model.image_size=36"], ["image_size=36 is not a multiple of patch_size=8", "32 or 40 would be"]),
+        (["model.num_channels=1"], ["data.image_mean=[0.485, 0.456, 0.406] has 3 numbers", "model.num_channels=1"]),
+        (FIVE, ["model.num_channels=5: image files have 1, 3 or 4 channels"]),
+        (["data.probe_train=null", "data.probe_test=null"], ["training.eval_strategy='steps'", "nothing to evaluate"]),
+        (["data.probe_test=null"], ["data.probe_train and data.probe_test go together"]),
+        (["data.probe_train.label_column=null"], ["data.probe_train needs label_column"]),
+        (["data.probe_train.label_column=lable"], ["no column 'lable'", "label"]),
+        (["data.train={path: parquet, data_files: nothing.parquet}"], ["nothing.parquet"]),
+        (["data.train.image_column=null"], ["['image', 'segments']", "image_column"]),
+        (["data.train.streaming=true", "training.max_steps=-1"], ["training.max_steps must be set", "stream"]),
+        (["training.global_batch_size=9", "training.gradient_accumulation_steps=2"], ["global_batch_size=9", "of 2"]),
+        (["training.eval_strategy=no"], ["training.eval_strategy=False", "in quotes"]),
+        (["data={probe_train: null}"], ["data.train is missing"]),
+        (["training.resume_from_checkpoint=nowhere"], ["resume_from_checkpoint='nowhere'", "trainer_state.json"]),
+        (["training.hub_token=hf_secret"], ["training.hub_token", "HF_TOKEN"]),
+    ],
+    ids=lambda value: " ".join(value)[:60] if value and "=" in value[0] else "",
+)
+def test_mistakes_are_told_in_one_line(error_of, overrides, parts):
+    """Field, value and rule are in the line, and no secret."""
+    line = error_of(*overrides)
+    assert all(part in line for part in parts), line
+    assert "hf_secret" not in line
+
+
+def test_folders_and_files_without_images_are_told_in_one_line(error_of, tmp_path):
+    """An empty folder, and a table without rows."""
+    (tmp_path / "empty").mkdir()
+    assert str(tmp_path / "empty") in error_of(f"data.train={{path: imagefolder, data_dir: {tmp_path / 'empty'}}}")
+    path = write_parquet(tmp_path / "empty.parquet", [])
+    assert "no data" in error_of(f"data.train={{path: parquet, data_files: {path}}}")
+
+
+def test_an_empty_stream_is_told_in_one_line(error_of, tmp_path):
+    """What is wrong with the data is found before training, also where they are read only as they are needed."""
+    path = write_parquet(tmp_path / "empty.parquet", [])
+    line = error_of(f"data.train={{path: parquet, data_files: {path}, streaming: true}}")
+    assert "data.train yields no images" in line
+
+
+def test_errors_of_training_keep_their_traceback(tmp_path, monkeypatch):
+    """Nothing but broken images: the run stops at the first step and names the record that lists them."""
+    data = {"train": {"path": "parquet", "data_files": write_parquet(tmp_path / "broken.parquet", [b"text"] * 3)}}
+    monkeypatch.setattr(sys, "argv", ["train_ehm.py", str(write_recipe(tmp_path / "recipe.yaml", data=data))])
+    with pytest.raises(RuntimeError, match="none of the images .*skipped_images.jsonl"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert len((tmp_path / "out" / "skipped_images.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_data_set_that_cannot_be_reached_is_told_in_one_line(error_of, monkeypatch):
+    """Offline, a data set of the Hub is an error with its name."""
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "someone/pictures" in error_of("data.train={path: someone/pictures}")
