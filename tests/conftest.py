@@ -87,3 +87,13 @@ def run_module(tmp_path_factory):
         return subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True, timeout=120)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def own_cache(tmp_path_factory):
+    """`datasets` prepares local copies in a folder of this session."""
+    import datasets
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
+        yield

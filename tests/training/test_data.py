@@ -34,19 +34,13 @@ from modeling_ehm.training.data import (
 )
 from modeling_ehm.training.evaluation import ProbeEvaluator
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 SHARDS = (9, 7, 5)  # pictures in each file
 COUNT = sum(SHARDS)
 KINDS = [f"{kind}{how}" for kind in ("parquet", "imagefolder", "webdataset") for how in ("", " streamed")]
 TEXT = b"<html>404 not found</html>"
 CUT = encode(PILImage.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)), "JPEG")[:1500]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """`datasets` prepares local copies in a folder of this session."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
-        yield
 
 
 @pytest.fixture(scope="module")

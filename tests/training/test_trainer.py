@@ -7,7 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from recorded_run import run, samples_of
@@ -35,13 +34,7 @@ from modeling_ehm.training.recipes import load_recipe
 from modeling_ehm.training.tasks import pretrain
 from modeling_ehm.training.trainer import EHMTrainer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def own_cache(tmp_path_factory):
-    """`datasets` prepares local copies in a folder of this session."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
-        yield
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
