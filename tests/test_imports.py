@@ -69,8 +69,6 @@ def test_the_files_are_found():
 
 @pytest.mark.parametrize("path", [*MODULES, ROOT / "train_ehm.py"], ids=name_of)
 def test_imports_point_one_way(path):
-    if not path.exists():
-        pytest.skip(f"{path.name} is not written yet")
     name = name_of(path)
     for imported in own_imports_of(path):
         backwards = step_of(imported) >= step_of(name)
