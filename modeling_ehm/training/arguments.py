@@ -22,8 +22,8 @@ class EHMTrainingArguments(TrainingArguments):
         linear_probe: Whether evaluations add a linear probe to k-NN.
         attn_implementation: Attention kernels: "sdpa", "eager" (the faster one for bfloat16 on CPUs), or another that
             transformers offers.
-        resume_from_checkpoint: "auto" goes on from the newest checkpoint in `output_dir`, if any; "never" starts
-            afresh; else a checkpoint folder.
+        resume_from_checkpoint: "auto" goes on from the newest checkpoint in `output_dir`, if any; "never" or None
+            starts afresh; else a checkpoint folder.
     """
 
     base_learning_rate: float | None = field(default=None, metadata={"help": "learning rate for a batch of 256"})
