@@ -6,13 +6,13 @@ import sys
 
 from huggingface_hub.errors import StrictDataclassError
 
-from modeling_ehm.training.recipes import RecipeError, load_recipe
+from modeling_ehm.training.recipes import load_recipe
 from modeling_ehm.training.tasks import TASKS
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="train_ehm.py", description=__doc__)
-    parser.add_argument("recipe", help="YAML file with the sections model, data and training")
+    parser.add_argument("recipe", help="YAML file with its task and the sections model, head, data and training")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="wins over the file")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -20,13 +20,11 @@ def main(arguments: list[str] | None = None) -> None:
 
     try:  # what can be wrong with a recipe, its files and its data is one line; later errors keep their traceback
         recipe = load_recipe(options.recipe, options.overrides)
-        if recipe.task not in list(TASKS):
-            raise RecipeError(f"task={recipe.task!r} is not one of {', '.join(TASKS)}")
         task = TASKS[recipe.task]
-        trainer = task.prepare(recipe)
+        prepared = task.prepare(recipe)
     except (StrictDataclassError, ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    task.execute(trainer)
+    task.execute(prepared)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""Configuration of Evolved Hierarchical Masking (EHM): ViT encoder, MAE decoder, hierarchy and masks."""
+"""Configuration of Evolved Hierarchical Masking (EHM): ViT encoder, MAE decoder, hierarchy, masks, and the heads."""
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneConfigMixin
 
 # One saved directory serves every Auto class: these entries go into each config.json that is saved with the code.
 AUTO_MAP = {
     "AutoConfig": "configuration_ehm.EHMConfig",
     "AutoModel": "modeling_ehm.EHMModel",
     "AutoModelForPreTraining": "modeling_ehm.EHMForPreTraining",
+    "AutoModelForImageClassification": "modeling_ehm.EHMForImageClassification",
+    "AutoModelForSemanticSegmentation": "modeling_ehm.EHMForSemanticSegmentation",
+    "AutoBackbone": "modeling_ehm.EHMBackbone",
 }
 
 OBJECTIVES = ("mae", "simmim")
@@ -17,6 +21,7 @@ TEACHERS = ("online", "ema")
 AFFINITIES = ("attention", "keys")
 LINKAGES = ("average", "single", "complete")
 NODE_CURVES = ("linear", "log", "cosine")
+POOLINGS = ("mean", "cls")
 
 
 def to_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
@@ -25,8 +30,8 @@ def to_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
 
 
 @strict
-class EHMConfig(PreTrainedConfig):
-    """Configuration of `EHMModel` and `EHMForPreTraining`.
+class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
+    """Configuration of `EHMModel`, `EHMForPreTraining`, `EHMBackbone` and the heads.
 
     Fields shared with `ViTMAEConfig` bear its names. Types are checked, and so are values, when the object is built.
 
@@ -66,6 +71,17 @@ class EHMConfig(PreTrainedConfig):
         num_nodes_curve: How the number falls with progress: "linear", "log" (geometric) or "cosine".
         softness_start: Share of per-patch noise in the mask score at progress 0; 0 hides whole nodes, 1 is random.
         softness_end: The same at progress 1.
+        drop_path_rate: Share of images whose layer is left out in training (stochastic depth), at the last encoder
+            layer; the share grows linearly from 0 at the first.
+        pooling: What a classifier reads: "mean", the mean of the final-norm patch tokens; "cls", the class token.
+        semantic_loss_ignore_index: Pixels with this label take no part in the loss of semantic segmentation.
+        out_features: Stages whose feature maps the backbone gives: "stem" and "stage1" to "stageL"; or give
+        out_indices: their numbers. Neither: the last stage.
+        feature_scales: Of the backbone: by how much each feature map is enlarged (2, 4) or reduced (0.5), one number
+            an output stage, so that a plain ViT serves heads that expect a pyramid; None leaves all at one patch.
+        apply_layernorm: Of the backbone: whether the final norm is applied to each feature map.
+        reshape_hidden_states: Of the backbone: whether maps are `(B, D, rows, columns)`, or token sequences
+            `(B, 1 + N, D)` with the class token.
     """
 
     model_type = "ehm"
@@ -104,6 +120,23 @@ class EHMConfig(PreTrainedConfig):
     num_nodes_curve: str = "linear"
     softness_start: float | int = 0.0
     softness_end: float | int = 0.0
+
+    drop_path_rate: float | int = 0.0
+    pooling: str = "mean"
+    semantic_loss_ignore_index: int = 255
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+    feature_scales: list[float | int] | None = None
+    apply_layernorm: bool = True
+    reshape_hidden_states: bool = True
+
+    def __post_init__(self, **kwargs):
+        kwargs.pop("stage_names", None)  # a saved file has it; it follows from num_hidden_layers
+        self.stage_names = ["stem"] + [f"stage{number}" for number in range(1, self.num_hidden_layers + 1)]
+        self.set_output_features_output_indices(
+            out_indices=kwargs.pop("out_indices", None), out_features=kwargs.pop("out_features", None)
+        )
+        super().__post_init__(**kwargs)
 
     @property
     def grid_size(self) -> tuple[int, int]:
@@ -149,6 +182,7 @@ class EHMConfig(PreTrainedConfig):
         self._check_choices()
         self._check_mask_ratio()
         self._check_hierarchy()
+        self._check_feature_maps()
 
     def _check_sizes(self):
         for name in ("image_size", "patch_size"):
@@ -190,7 +224,7 @@ class EHMConfig(PreTrainedConfig):
         for name in ("layer_norm_eps", "initializer_range"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be positive")
-        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob", "drop_path_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1)")
         if self.hidden_act not in ACT2FN:
@@ -214,6 +248,7 @@ class EHMConfig(PreTrainedConfig):
             ("affinity", AFFINITIES),
             ("linkage", LINKAGES),
             ("num_nodes_curve", NODE_CURVES),
+            ("pooling", POOLINGS),
         ):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
@@ -240,6 +275,20 @@ class EHMConfig(PreTrainedConfig):
         for name in ("softness_start", "softness_end"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
+
+    def _check_feature_maps(self):
+        scales = self.feature_scales
+        if scales is None:
+            return
+        if len(scales) != len(self.out_features) or min(scales) <= 0:
+            raise ValueError(
+                f"feature_scales={scales} must hold one positive number for each of out_features={self.out_features}"
+            )
+        if not self.reshape_hidden_states:
+            raise ValueError(
+                f"feature_scales={scales} needs maps, but reshape_hidden_states=False gives token sequences; set it"
+                " to True, or feature_scales to None"
+            )
 
 
 __all__ = ["AUTO_MAP", "EHMConfig"]

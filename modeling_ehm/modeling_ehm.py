@@ -25,8 +25,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.backbone_utils import BackboneMixin, filter_output_hidden_states
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_outputs import (
+    BackboneOutput,
+    BaseModelOutputWithPooling,
+    ImageClassifierOutput,
+    SemanticSegmenterOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import ModelOutput
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
@@ -185,13 +191,15 @@ class EHMEmbeddings(nn.Module):
         else:
             visible = patches.gather(1, ids_keep[..., None].expand(-1, -1, patches.shape[2]))  # (B, V, P*P*C)
             hidden_states = self.patch_embeddings(visible) + positions[0, 1:][ids_keep]  # (B, V, D)
-        cls_token = (self.cls_token + positions[:, :1]).expand(len(patches), -1, -1).to(hidden_states.dtype)
+        cls_token = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1).to(hidden_states.dtype)
         return self.dropout(torch.cat([cls_token, hidden_states], dim=1))  # (B, 1 + V, D)
 
 
 def positions_for(grid_size: tuple[int, int], native_grid: tuple[int, int], table: Tensor) -> Tensor:
     """The stored table on the native grid, else the exact sin-cos positions of `grid_size`; `(1, 1 + N, D)`."""
-    if grid_size == native_grid:
+    # torch.export with dynamic sizes keeps one branch for all grids: it must be the one that computes.
+    symbolic = any(isinstance(side, torch.SymInt) for side in grid_size)
+    if not symbolic and grid_size == native_grid:
         return table
     return sincos_positions(grid_size, table.shape[-1]).to(table)
 
@@ -263,11 +271,22 @@ class EHMMLP(nn.Module):
         return self.fc2(self.activation_fn(self.fc1(hidden_states)))
 
 
+def drop_path(residual: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth (Huang et al. 2016): zero for a random share `rate` of images, the others scaled up."""
+    if rate == 0 or not training:
+        return residual
+    kept = torch.rand(len(residual), *[1] * (residual.ndim - 1), device=residual.device) >= rate
+    return residual * (kept / (1 - rate)).to(residual.dtype)
+
+
 class EHMLayer(GradientCheckpointingLayer):
     """Pre-norm transformer layer of the encoder and of the decoder; the sizes are arguments."""
 
-    def __init__(self, config: EHMConfig, hidden_size: int, num_heads: int, intermediate_size: int):
+    def __init__(
+        self, config: EHMConfig, hidden_size: int, num_heads: int, intermediate_size: int, drop_path_rate: float = 0.0
+    ):
         super().__init__()
+        self.drop_path_rate = drop_path_rate
         self.attention = EHMAttention(config, hidden_size, num_heads)
         self.layernorm_before = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
         self.layernorm_after = nn.LayerNorm(hidden_size, eps=config.layer_norm_eps)
@@ -291,9 +310,12 @@ class EHMLayer(GradientCheckpointingLayer):
             if query_key == "only":
                 return query, key
             attended, _ = self.attention.attend(query, key, normed, **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.layernorm_after(hidden_states)))
+        hidden_states = hidden_states + self._drop(attended)
+        hidden_states = hidden_states + self._drop(self.mlp(self.layernorm_after(hidden_states)))
         return hidden_states if query_key is None else (hidden_states, query, key)
+
+    def _drop(self, residual: Tensor) -> Tensor:
+        return drop_path(self.dropout(residual), self.drop_path_rate, self.training)
 
 
 def attention_affinity(
@@ -334,10 +356,18 @@ class EHMPreTrainedModel(PreTrainedModel):
 
         The library calls this for modules that hold parameters of their own, not for those that only hold modules.
         """
-        if isinstance(module, nn.Linear):
+        if isinstance(module, EHMClassifier):
+            init.trunc_normal_(module.weight, std=CLASSIFIER_STD)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight, gain=getattr(module, "init_gain", 1.0))
             if module.bias is not None:
                 init.zeros_(module.bias)
+        elif isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                init.ones_(tensor)
+            for tensor in (module.bias, module.running_mean, module.num_batches_tracked):
+                init.zeros_(tensor)
         elif isinstance(module, nn.Conv2d):  # the patch projection, drawn as the linear map that it is
             bound = (6 / (module.weight.shape[0] + module.weight[0].numel())) ** 0.5
             init.uniform_(module.weight, -bound, bound)
@@ -371,7 +401,10 @@ class EHMModel(EHMPreTrainedModel):
         super().__init__(config)
         self.embeddings = EHMEmbeddings(config)
         sizes = config.hidden_size, config.num_attention_heads, config.intermediate_size
-        self.layers = nn.ModuleList([EHMLayer(config, *sizes) for _ in range(config.num_hidden_layers)])
+        last = max(config.num_hidden_layers - 1, 1)
+        self.layers = nn.ModuleList(
+            [EHMLayer(config, *sizes, config.drop_path_rate * n / last) for n in range(config.num_hidden_layers)]
+        )
         self.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.post_init()
 
@@ -645,7 +678,162 @@ class EHMForPreTraining(EHMPreTrainedModel):
         return time.perf_counter()
 
 
+class EHMBackbone(BackboneMixin, EHMModel):
+    """The encoder as a backbone of transformers' dense heads (UperNet, DETR and its kin, Mask2Former, DPT, ...).
+
+    A plain ViT has one resolution. `config.feature_scales` makes a pyramid of it without weights of its own: larger
+    maps are bilinear enlargements, smaller ones means over areas; the heads' own convolutions do the rest. (ViTDet and
+    BEiT learn transposed convolutions here. Ours keeps the backbone's weights those of the encoder.)
+    """
+
+    def __init__(self, config: EHMConfig):
+        super().__init__(config)
+        self.num_features = [config.hidden_size] * (config.num_hidden_layers + 1)
+
+    @can_return_tuple
+    @filter_output_hidden_states
+    def forward(self, pixel_values: Tensor, **kwargs) -> BackboneOutput:
+        """Feature maps of the stages that `config.out_features` names.
+
+        Args:
+            pixel_values: `(B, C, H, W)`; H and W multiples of the patch.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            `feature_maps`, each `(B, D, rows * scale, columns * scale)`, or `(B, 1 + N, D)` without
+            `reshape_hidden_states`.
+        """
+        rows, columns = self.embeddings.patch_embeddings.grid_of(pixel_values)
+        outputs = EHMModel.forward(self, pixel_values, return_dict=True, **kwargs)  # super() would be the mixin's
+        scales = self.config.feature_scales or [1] * len(self.out_features)
+        states = dict(zip(self.stage_names, outputs.hidden_states, strict=True))
+        feature_maps = []
+        for stage, scale in zip(self.out_features, scales, strict=True):
+            hidden_state = self.layernorm(states[stage]) if self.config.apply_layernorm else states[stage]
+            if self.config.reshape_hidden_states:
+                maps = hidden_state[:, 1:].transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+                hidden_state = rescale_maps(maps, scale)
+            feature_maps.append(hidden_state)
+        return BackboneOutput(
+            feature_maps=tuple(feature_maps), hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+def rescale_maps(maps: Tensor, scale: float) -> Tensor:
+    """`(B, D, rows, columns)` enlarged bilinearly or reduced by means over areas; sizes are rounded, at least 1."""
+    if scale == 1:
+        return maps
+    size = [max(1, round(side * scale)) for side in maps.shape[2:]]
+    if scale < 1:
+        return F.adaptive_avg_pool2d(maps, size)
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+CLASSIFIER_STD = 2e-5  # MAE's fine-tuning code draws its head this small (main_finetune.py)
+
+
+class EHMClassifier(nn.Linear):
+    """A linear layer that starts near zero, as in MAE's fine-tuning."""
+
+
+class EHMForImageClassification(EHMPreTrainedModel):
+    """The encoder with a linear classifier on its mean patch token or its class token (`config.pooling`).
+
+    MAE's fine-tuning replaces the final norm by a new one after pooling; here the pre-trained norm stays before it.
+    """
+
+    accepts_loss_kwargs = False  # the loss is a mean over this batch
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+    def __init__(self, config: EHMConfig):
+        super().__init__(config)
+        self.ehm = EHMModel(config)
+        self.classifier = EHMClassifier(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.ehm.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs) -> ImageClassifierOutput:
+        """Classify images.
+
+        Args:
+            pixel_values: `(B, C, H, W)`; H and W multiples of the patch.
+            labels: `(B,)` int64 classes, or `(B, num_labels)` floats, each row a distribution over the classes, as
+                mixup, cutmix and label smoothing make them.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            `loss`, the mean cross-entropy, if `labels` are given; `logits` `(B, num_labels)`.
+        """
+        outputs = self.ehm(pixel_values, return_dict=True, **kwargs)
+        pooled = outputs.pooler_output if self.config.pooling == "mean" else outputs.last_hidden_state[:, 0]
+        logits = self.classifier(pooled)  # (B, num_labels)
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class EHMForSemanticSegmentation(EHMPreTrainedModel):
+    """The encoder with a linear classifier on each patch token: batch norm and a 1x1 convolution.
+
+    The plainest head, for judging features (as in DINOv2's linear segmentation). For the best masks put `EHMBackbone`
+    under transformers' `UperNetForSemanticSegmentation`.
+    """
+
+    accepts_loss_kwargs = False
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\."]
+
+    def __init__(self, config: EHMConfig):
+        super().__init__(config)
+        self.ehm = EHMModel(config)
+        self.norm = nn.BatchNorm2d(config.hidden_size)
+        self.classifier = nn.Conv2d(config.hidden_size, config.num_labels, kernel_size=1)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.ehm.get_input_embeddings()
+
+    @can_return_tuple
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs) -> SemanticSegmenterOutput:
+        """Label every pixel.
+
+        Args:
+            pixel_values: `(B, C, H, W)`; H and W multiples of the patch.
+            labels: `(B, H, W)` int64; pixels of `config.semantic_loss_ignore_index` take no part in the loss.
+            kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
+
+        Returns:
+            `loss`, the mean cross-entropy over labelled pixels, if `labels` are given; `logits`
+            `(B, num_labels, H, W)`, enlarged bilinearly from one vector a patch.
+        """
+        rows, columns = self.get_input_embeddings().grid_of(pixel_values)
+        outputs = self.ehm(pixel_values, return_dict=True, **kwargs)
+        maps = outputs.last_hidden_state[:, 1:].transpose(1, 2).unflatten(2, (rows, columns))  # (B, D, rows, columns)
+        logits = self.classifier(self.norm(maps))
+        logits = F.interpolate(logits, size=pixel_values.shape[2:], mode="bilinear", align_corners=False)
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(logits.float(), labels, ignore_index=self.config.semantic_loss_ignore_index)
+        return SemanticSegmenterOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
 EHMModel.register_for_auto_class("AutoModel")
 EHMForPreTraining.register_for_auto_class("AutoModelForPreTraining")
+EHMBackbone.register_for_auto_class("AutoBackbone")
+EHMForImageClassification.register_for_auto_class("AutoModelForImageClassification")
+EHMForSemanticSegmentation.register_for_auto_class("AutoModelForSemanticSegmentation")
 
-__all__ = ["EHMForPreTraining", "EHMForPreTrainingOutput", "EHMModel", "EHMPreTrainedModel"]
+__all__ = [
+    "EHMBackbone",
+    "EHMForImageClassification",
+    "EHMForPreTraining",
+    "EHMForPreTrainingOutput",
+    "EHMForSemanticSegmentation",
+    "EHMModel",
+    "EHMPreTrainedModel",
+]

@@ -7,10 +7,34 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import ViTImageProcessorPil, ViTMAEConfig, ViTMAEForPreTraining, ViTMAEModel, ViTModel
+from transformers import (
+    AutoModelForImageClassification,
+    Dinov2Backbone,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    ViTMAEConfig,
+    ViTMAEForPreTraining,
+    ViTMAEModel,
+    ViTModel,
+)
 
-from modeling_ehm import EHMConfig, EHMForPreTraining, EHMModel
-from modeling_ehm.conversion import export_vit, from_vit_mae, main, to_vit
+from modeling_ehm import (
+    EHMBackbone,
+    EHMConfig,
+    EHMForImageClassification,
+    EHMForPreTraining,
+    EHMForSemanticSegmentation,
+    EHMModel,
+)
+from modeling_ehm.conversion import (
+    export_dinov2_backbone,
+    export_vit,
+    from_vit_mae,
+    load_encoder_or_classifier,
+    main,
+    to_dinov2_backbone,
+    to_vit,
+)
 from modeling_ehm.masking_ehm import mask_from_scores, random_scores
 from modeling_ehm.modeling_ehm import sincos_positions
 
@@ -47,14 +71,18 @@ def mae_directory(tmp_path):
     return tmp_path / "mae"
 
 
-@pytest.fixture
-def random_ehm(config):
+def build(model_class, config):
     torch.manual_seed(0)
-    model = EHMForPreTraining(config).eval()
+    model = model_class(config).eval()
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.05 * torch.randn_like(weight))
     return model
+
+
+@pytest.fixture
+def random_ehm(config):
+    return build(EHMForPreTraining, config)
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
@@ -139,6 +167,162 @@ def test_vit_of_a_non_square_simmim_encoder(make_config):
     with torch.no_grad():
         ours, theirs = model.ehm(images), vit(images)
     torch.testing.assert_close(theirs.last_hidden_state, ours.last_hidden_state, atol=1e-5, rtol=0)
+
+
+def test_vit_for_another_size_has_its_positions(random_ehm):
+    images = torch.rand(2, 3, 48, 16)
+    vit = to_vit(random_ehm, image_size=(48, 16))
+    with torch.no_grad():
+        ours, theirs = random_ehm.ehm(images), vit(images)
+    torch.testing.assert_close(theirs.last_hidden_state, ours.last_hidden_state, atol=1e-5, rtol=0)
+    assert torch.equal(random_ehm.ehm.embeddings.position_embeddings, sincos_positions((4, 4), 64))
+    for convert in (to_vit, to_dinov2_backbone):
+        with pytest.raises(ValueError, match="image_size=36 is not a multiple of patch_size=8"):
+            convert(random_ehm, image_size=36)
+
+
+def test_vit_classifier_of_the_class_token(make_config, tmp_path):
+    names = {0: "cat", 1: "dog", 2: "owl"}
+    config = make_config(pooling="cls", id2label=names, label2id={name: n for n, name in names.items()})
+    model = build(EHMForImageClassification, config)
+    model.save_pretrained(tmp_path / "ehm")
+    main(["to-vit", str(tmp_path / "ehm"), str(tmp_path / "vit")])
+    vit = AutoModelForImageClassification.from_pretrained(tmp_path / "vit").eval()
+    assert type(vit) is ViTForImageClassification
+    assert vit.config.id2label == names and vit.config.label2id == {"cat": 0, "dog": 1, "owl": 2}
+    images, labels = torch.rand(4, 3, 32, 32), torch.tensor([2, 0, 1, 1])
+    with torch.no_grad():
+        ours, theirs = model(images, labels), vit(images, labels=labels)
+    torch.testing.assert_close(theirs.logits, ours.logits, atol=1e-5, rtol=0)
+    torch.testing.assert_close(theirs.loss, ours.loss, atol=1e-5, rtol=0)
+
+
+def test_vit_has_no_mean_pooling(make_config, tmp_path):
+    model = build(EHMForImageClassification, make_config(num_labels=3))
+    with pytest.raises(ValueError, match=r"pooling='mean'.*pooling='cls', or call to_vit\(model\.ehm\).*export"):
+        to_vit(model)
+    assert type(to_vit(model.ehm)) is ViTModel
+    model.save_pretrained(tmp_path / "ehm")
+    assert "pooling='mean'" in error_of("to-vit", tmp_path / "ehm", tmp_path / "vit")
+    assert not (tmp_path / "vit").exists()
+
+
+def test_a_segmentation_checkpoint_is_converted_as_its_encoder(make_config, tmp_path):
+    model = build(EHMForSemanticSegmentation, make_config(num_labels=3))
+    model.save_pretrained(tmp_path)
+    loaded = load_encoder_or_classifier(tmp_path)
+    assert type(loaded) is EHMModel and type(to_vit(model)) is ViTModel
+    for name, weight in model.ehm.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"apply_layernorm": False},
+        {"reshape_hidden_states": False},
+        {"objective": "simmim", "hidden_act": "relu", "qkv_bias": False, "layer_norm_eps": 1e-3, "num_channels": 1},
+        {"patch_size": [8, 16], "feature_scales": [1, 1.0, 1]},
+    ],
+    ids=str,
+)
+def test_dinov2_backbone_has_the_maps_of_ours(make_config, changes):
+    model = build(EHMBackbone, make_config(out_indices=[0, 2, 3], **changes))
+    dinov2 = to_dinov2_backbone(model)
+    assert type(dinov2) is Dinov2Backbone and not dinov2.training
+    assert dinov2.out_features == ["stem", "stage2", "stage3"] and dinov2.channels == [64, 64, 64]
+    images = torch.rand(2, model.config.num_channels, 32, 32)
+    with torch.no_grad():
+        pairs = list(zip(model(images).feature_maps, dinov2(images).feature_maps, strict=True))
+    for ours, theirs in pairs:  # theirs convolves, ours multiplies: some patch shapes round differently
+        torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=0)
+    dinov2.encoder.layer[0].mlp.fc1.weight.data.zero_()  # a copy: ours does not follow
+    assert model.layers[0].mlp.fc1.weight.any()
+
+
+def test_dinov2_backbone_at_another_size(random_ehm, make_config):
+    """Exact when made for that size; DINOv2 interpolates otherwise, which is near and not equal."""
+    ours = build(EHMBackbone, make_config())
+    ours.load_state_dict(random_ehm.ehm.state_dict())
+    images = torch.rand(2, 3, 48, 48)
+    with torch.no_grad():
+        (expected,) = ours(images).feature_maps
+        (made,) = to_dinov2_backbone(random_ehm, image_size=48)(images).feature_maps
+        (interpolated,) = to_dinov2_backbone(random_ehm)(images).feature_maps
+    torch.testing.assert_close(made, expected, atol=1e-5, rtol=0)
+    assert made.shape == interpolated.shape == (2, 64, 6, 6)
+    assert 1e-3 < (interpolated - expected).abs().max() < 5
+
+
+def test_what_dinov2_cannot_be_is_refused(make_config):
+    scaled = EHMBackbone(make_config(out_indices=[1, 3], feature_scales=[2, 1]))
+    with pytest.raises(ValueError, match=r"feature_scales=\[2, 1\].*set feature_scales to None and rescale behind"):
+        to_dinov2_backbone(scaled)
+    with pytest.raises(ValueError, match="intermediate_size=96 is not a multiple of hidden_size=64"):
+        to_dinov2_backbone(EHMModel(make_config(intermediate_size=96)))
+    oblong = EHMModel(make_config(image_size=[32, 64]))
+    with pytest.raises(ValueError, match=r"image_size=\[32, 64\] is not square.*give a square image_size"):
+        to_dinov2_backbone(oblong)
+    assert to_dinov2_backbone(oblong, image_size=64).config.image_size == 64
+
+
+LOAD_DINOV2 = """
+import torch
+from transformers import AutoImageProcessor, Dinov2Backbone, UperNetConfig, UperNetForSemanticSegmentation
+torch.set_num_threads(1)
+folder, images = sys.argv[1], torch.load(sys.argv[2])
+backbone = Dinov2Backbone.from_pretrained(folder).eval()
+config = UperNetConfig(backbone_config=backbone.config, hidden_size=16, num_labels=3, auxiliary_in_channels=64,
+                       auxiliary_channels=8)
+upernet = UperNetForSemanticSegmentation(config).eval()
+upernet.backbone.load_state_dict(backbone.state_dict())
+with torch.no_grad():
+    assert upernet(images).logits.shape == (2, 3, 32, 32)
+    torch.save([backbone(images).feature_maps, upernet.backbone(images).feature_maps], sys.argv[3])
+print(AutoImageProcessor.from_pretrained(folder).size)
+"""
+
+
+def test_exported_dinov2_backbone_loads_where_this_package_is_missing(
+    random_ehm, make_config, tmp_path, run_without_package
+):
+    random_ehm.save_pretrained(tmp_path / "ehm")
+    ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "ehm")
+    export_dinov2_backbone(tmp_path / "ehm", tmp_path / "dinov2", out_indices=[0, 1, 2, 3])
+    written = json.loads((tmp_path / "dinov2" / "config.json").read_text())
+    assert written["model_type"] == "dinov2" and "auto_map" not in written
+    assert sorted(os.listdir(tmp_path / "dinov2")) == ["config.json", "model.safetensors", "preprocessor_config.json"]
+
+    ours = build(EHMBackbone, make_config(out_indices=[0, 1, 2, 3]))
+    ours.load_state_dict(random_ehm.ehm.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    torch.save(images, tmp_path / "images.pt")
+    result = run_without_package(LOAD_DINOV2, tmp_path / "dinov2", tmp_path / "images.pt", tmp_path / "maps.pt")
+    assert result.returncode == 0, result.stderr
+    assert "height=32, width=32" in result.stdout
+    with torch.no_grad():
+        expected = ours(images).feature_maps
+    for maps in torch.load(tmp_path / "maps.pt"):
+        for one, other in zip(maps, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+
+
+def test_dinov2_command_for_another_size(random_ehm, tmp_path):
+    """The processor follows: the same cut of the picture, at the new size."""
+    source, target = tmp_path / "ehm", tmp_path / "dinov2"
+    random_ehm.to(torch.bfloat16).save_pretrained(source)
+    sizes = {"size": {"shortest_edge": 40}, "do_center_crop": True, "crop_size": {"height": 32, "width": 32}}
+    ViTImageProcessorPil(**sizes).save_pretrained(source)
+    main(["to-dinov2", str(source), str(target), "--out-indices", "1", "3", "--image-size", "64"])
+    backbone = Dinov2Backbone.from_pretrained(target)
+    assert backbone.out_features == ["stage1", "stage3"] and backbone.config.image_size == 64
+    assert backbone.dtype == torch.bfloat16
+    processor = ViTImageProcessorPil.from_pretrained(target)
+    assert (processor.size["shortest_edge"], processor.crop_size["height"]) == (80, 64)
+    message = error_of("to-dinov2", source, tmp_path / "other", "--image-size", "64", "64", "64")
+    assert "--image-size 64 64 64: one number, or height and width" in message
+    assert "out_indices" in error_of("to-dinov2", source, tmp_path / "other", "--out-indices", "9")
 
 
 LOAD_PLAIN_VIT = """

@@ -21,6 +21,7 @@ STEPS = {
     "modeling_ehm": 3,
     "parsing": 4,
     "conversion": 4,
+    "export": 5,
     "__init__": 5,
     "training": 6,
     "train_ehm": 7,

@@ -78,6 +78,7 @@ def error_of(tmp_path, monkeypatch, capsys):
         (["training.learning_rate=1e-4"], ["training.learning_rate='1e-4'", "write numbers as 1.0e-4"]),
         (["task=paint"], ["task='paint' is not one of", "pretrain"]),
         (["task=[pretrain]"], ["task=['pretrain'] is not one of", "pretrain"]),
+        (["head.kind=linear"], ["task 'pretrain' has no section 'head'"]),
         (["model.mask_ratio=1.0"], ["mask_ratio=1.0 must lie strictly between 0 and 1"]),
         (["model.mask_ratio=0.01"], ["mask_ratio=0.01 hides 0 of 16 patches", "at least one patch must be hidden"]),
         (["model.image_size=36"], ["image_size=36 is not a multiple of patch_size=8", "32 or 40 would be"]),

@@ -1,39 +1,35 @@
-"""Arguments of pre-training: `transformers.TrainingArguments` with MAE's recipe as defaults, and a few more."""
+"""Arguments of training: `transformers.TrainingArguments` with MAE's recipes as defaults, and a few more."""
 
 from dataclasses import dataclass, field
 
+import torch
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
 
 @dataclass
-class EHMTrainingArguments(TrainingArguments):
-    """The `training` section of a recipe.
+class ImageTrainingArguments(TrainingArguments):
+    """What the `training` sections of all tasks share.
 
-    Defaults that differ from the Trainer's are MAE's pre-training recipe (He et al. 2022, Appendix A.1; their code):
-    AdamW with betas 0.9 and 0.95, weight decay 0.05 on matrices only, learning rate = base rate x batch / 256, linear
-    warm-up, half a cosine down to 0, no gradient clipping.
+    Defaults that differ from the Trainer's: fused AdamW, weight decay 0.05 on matrices only, linear warm-up, half a
+    cosine down to 0, no gradient clipping, exact resuming from the newest checkpoint.
 
     Attributes:
         base_learning_rate: Rate for a batch of 256; sets `learning_rate`. None leaves `learning_rate` alone.
         global_batch_size: Images per optimiser step over all processes; sets `per_device_train_batch_size`, so that a
             recipe means the same on 1 and on 8 processes. None leaves `per_device_train_batch_size` alone.
-        num_gallery_images: Images of the gallery that is drawn at each evaluation; 0 draws none.
-        linear_probe: Whether evaluations add a linear probe to k-NN.
         attn_implementation: Attention kernels: "sdpa", "eager" (the faster one for bfloat16 on CPUs), or another that
             transformers offers.
         resume_from_checkpoint: "auto" goes on from the newest checkpoint in `output_dir`, if any; "never" or None
             starts afresh; else a checkpoint folder.
+        use_cpu: Where there is no accelerator the CPU is used, whether or not this says so.
     """
 
     base_learning_rate: float | None = field(default=None, metadata={"help": "learning rate for a batch of 256"})
     global_batch_size: int | None = field(default=None, metadata={"help": "images per optimiser step, all processes"})
-    num_gallery_images: int = field(default=4, metadata={"help": "images of the gallery; 0 draws none"})
-    linear_probe: bool = field(default=True, metadata={"help": "add a linear probe to k-NN"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention kernels: sdpa, eager, ..."})
 
     report_to: None | str | list[str] = None  # TensorBoard where it is installed; "none" switches loggers off
-    adam_beta2: float = 0.95
     weight_decay: float = 0.05
     max_grad_norm: float = 0.0
     lr_scheduler_type: str = "cosine"
@@ -64,6 +60,8 @@ class EHMTrainingArguments(TrainingArguments):
                 f"training.hub_strategy={self.hub_strategy!r} is not supported: end pushes the finished model,"
                 " every_save each checkpoint's model too; optimiser states stay here"
             )
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # else the Trainer refuses bf16, which CPUs can do too
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every loader
@@ -91,3 +89,45 @@ class EHMTrainingArguments(TrainingArguments):
     def images_per_step(self) -> int:
         """Images per optimiser step over all processes and accumulated batches."""
         return self.train_batch_size * self.gradient_accumulation_steps * self.world_size
+
+
+@dataclass
+class EHMTrainingArguments(ImageTrainingArguments):
+    """The `training` section of a pre-training recipe; defaults are MAE's (He et al. 2022, Appendix A.1; their code):
+    AdamW with betas 0.9 and 0.95.
+
+    Attributes:
+        num_gallery_images: Images of the gallery that is drawn at each evaluation; 0 draws none.
+        linear_probe: Whether evaluations add a linear probe to k-NN.
+    """
+
+    num_gallery_images: int = field(default=4, metadata={"help": "images of the gallery; 0 draws none"})
+    linear_probe: bool = field(default=True, metadata={"help": "add a linear probe to k-NN"})
+
+    adam_beta2: float = 0.95
+
+
+@dataclass
+class TaskTrainingArguments(ImageTrainingArguments):
+    """The `training` section of a downstream recipe; defaults are those of MAE's fine-tuning (Appendix A.2).
+
+    Attributes:
+        layer_decay: The learning rate of the layer n from the end is multiplied by `layer_decay ** n`; 1 treats all
+            layers alike. MAE fine-tunes ViT-B with 0.65, ViT-L with 0.75.
+        weight_average_decay: Decay per step of a moving average of the weights, which is what is evaluated and saved;
+            None keeps none. It warms up as the EMA teacher of pre-training does.
+        freeze_encoder: Whether only the head learns.
+    """
+
+    layer_decay: float = field(default=1.0, metadata={"help": "factor of the learning rate from layer to layer"})
+    weight_average_decay: float | None = field(default=None, metadata={"help": "decay of averaged weights"})
+    freeze_encoder: bool = field(default=False, metadata={"help": "train the head only"})
+
+    def __post_init__(self):
+        if not 0 < self.layer_decay <= 1:
+            raise ValueError(f"training.layer_decay={self.layer_decay} must lie in (0, 1]; 1 treats all layers alike")
+        if self.weight_average_decay is not None and not 0 <= self.weight_average_decay < 1:
+            raise ValueError(
+                f"training.weight_average_decay={self.weight_average_decay} must lie in [0, 1), or be null for none"
+            )
+        super().__post_init__()

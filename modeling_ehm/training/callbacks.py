@@ -1,6 +1,7 @@
-"""What the Trainer must tell the model: how far training is, and a teacher that follows the weights."""
+"""What the Trainer must tell the model: how far training is; and weights that follow the trained ones."""
 
 import copy
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from transformers import TrainerCallback
 from modeling_ehm.modeling_ehm import EHMModel
 
 TEACHER_FILE = "ema_teacher.safetensors"
+AVERAGE_FILE = "weight_average.safetensors"
 
 
 class ProgressCallback(TrainerCallback):
@@ -73,3 +75,61 @@ class EMATeacherCallback(TrainerCallback):
                 f"{path} is missing, and teacher='ema' cannot resume without it; set teacher='online'"
             )
         self.encoder.load_state_dict(load_file(path))
+
+
+class WeightAverageCallback(TrainerCallback):
+    """Keeps a moving average of all weights of a model, to be evaluated and saved in their place.
+
+    Buffers, as the statistics of batch norms, are taken over as they are. The average is a file of its own in a
+    checkpoint, `weight_average.safetensors`, so that resuming goes on with both.
+
+    Args:
+        decay: Per optimiser step.
+        warmup_steps: As in `ema_decay_at`.
+    """
+
+    def __init__(self, decay: float, warmup_steps: int = 10):
+        self.decay, self.warmup_steps = decay, warmup_steps
+        self.average: dict[str, torch.Tensor] | None = None
+        self.resumed_from: Path | None = None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.average = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        if self.resumed_from is not None:
+            path = self.resumed_from / AVERAGE_FILE
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"{path} is missing, and training.weight_average_decay cannot resume without it; set it to null"
+                )
+            for name, weight in load_file(path).items():
+                self.average[name].copy_(weight)
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        decay = ema_decay_at(state.global_step, self.decay, self.warmup_steps)
+        for name, weight in model.named_parameters():
+            self.average[name].lerp_(weight.detach(), 1 - decay)
+
+    def save(self, folder: str | Path) -> None:
+        """Write the average into a checkpoint folder; nothing before training."""
+        if self.average is not None:
+            save_file(self.average, Path(folder) / AVERAGE_FILE, metadata={"format": "pt"})
+
+    @contextmanager
+    def applied_to(self, model: torch.nn.Module):
+        """The model with the averaged weights for a while; with its own before training."""
+        if self.average is None:
+            yield
+            return
+        own = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+        self._fill(model, self.average)
+        try:
+            yield
+        finally:
+            self._fill(model, own)
+
+    @staticmethod
+    @torch.no_grad()
+    def _fill(model: torch.nn.Module, weights: dict[str, torch.Tensor]) -> None:
+        for name, weight in model.named_parameters():
+            weight.copy_(weights[name])

@@ -53,6 +53,9 @@ class ImageSource:
         label_column: Column of class labels, for probes.
         segments_column: Column of segment maps, for the hierarchy's accuracy.
         ignore_index: Value of the segment maps that belongs to no segment.
+        objects_column: Column of boxes and their classes, for detection.
+        group_column: Column of numbers that true matches share, for retrieval.
+        tag_column: Column of names by which retrieval figures are split.
         max_images: Read only so many images: the first ones, or, of a stream with several shards, the first ones of
             each; the size of the set for "synthetic".
     """
@@ -68,6 +71,9 @@ class ImageSource:
     label_column: str | None = None
     segments_column: str | None = None
     ignore_index: int | None = None
+    objects_column: str | None = None
+    group_column: str | None = None
+    tag_column: str | None = None
     max_images: int | None = None
 
     def __post_init__(self):
@@ -108,15 +114,8 @@ class DataArguments:
     max_pixels: int = 178_956_970
 
     def __post_init__(self):
-        for name, low, high in (("crop_scale", 0, 1), ("crop_ratio", 0, float("inf"))):
-            value = getattr(self, name)
-            if len(value) != 2 or not low < value[0] <= value[1] <= high:
-                raise ValueError(f"data.{name}={value} must be two rising numbers above {low}, at most {high}")
-        if len(self.image_mean) != len(self.image_std) or min(self.image_std) <= 0:
-            raise ValueError(
-                f"data.image_mean={self.image_mean} and data.image_std={self.image_std} must hold one number a channel,"
-                " the latter positive"
-            )
+        check_crops(self.crop_scale, self.crop_ratio)
+        check_normalization(self.image_mean, self.image_std)
         if self.shuffle_window < 1:
             raise ValueError(
                 f"data.shuffle_window={self.shuffle_window} must be at least 1 (1 keeps the stream's order)"
@@ -125,6 +124,22 @@ class DataArguments:
             raise ValueError(f"data.max_skipped_share={self.max_skipped_share} must lie in [0, 1]")
         if (self.probe_train is None) != (self.probe_test is None):
             raise ValueError("data.probe_train and data.probe_test go together: give both, or neither")
+
+
+def check_crops(crop_scale: list[float], crop_ratio: list[float]) -> None:
+    """Raise a ValueError unless both are a smallest and a largest number that crops can have."""
+    for name, value, high in (("crop_scale", crop_scale, 1), ("crop_ratio", crop_ratio, float("inf"))):
+        if len(value) != 2 or not 0 < value[0] <= value[1] <= high:
+            raise ValueError(f"data.{name}={value} must be two rising numbers above 0, at most {high}")
+
+
+def check_normalization(image_mean: list[float], image_std: list[float]) -> None:
+    """Raise a ValueError unless there is one mean and one positive standard deviation a channel."""
+    if len(image_mean) != len(image_std) or min(image_std, default=0) <= 0:
+        raise ValueError(
+            f"data.image_mean={image_mean} and data.image_std={image_std} must hold one number a channel, the latter"
+            " positive"
+        )
 
 
 def keyed_bits(seed: int, stream: int, *key: int, count: int) -> np.ndarray:

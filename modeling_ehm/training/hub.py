@@ -31,6 +31,12 @@ PUSHED_FILES = [
 VERSIONED = ("modeling_ehm", "torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors")
 RESUME_KEYS = ("seed", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
+TASK_TEMPLATE = Path(__file__).with_name("task_card_template.md")
+PIPELINES = {  # of the Hub, by task
+    "classify": "image-classification",
+    "segment": "image-segmentation",
+    "detect": "object-detection",
+}
 
 
 @dataclass
@@ -46,6 +52,7 @@ class RunRecord:
         starts: One entry a start of this run: time, step resumed from, processes, versions.
         references: Figures that need no training, as k-NN on raw pixels.
         folder: Output folder.
+        task: Name of the task.
     """
 
     recipe: str
@@ -56,6 +63,7 @@ class RunRecord:
     folder: str
     starts: list[dict] = field(default_factory=list)
     references: dict = field(default_factory=dict)
+    task: str = "pretrain"
 
     @property
     def path(self) -> Path:
@@ -109,8 +117,6 @@ def sha256_of(path: Path) -> str:
 def model_card(run: RunRecord, state: TrainerState, config: EHMConfig, folder: Path) -> str:
     """Model card as Markdown: recipe, data, figures, masks, lineage, skipped images, versions, hashes of the files."""
     skipped = read_skipped(Path(run.folder) / "skipped_images.jsonl")
-    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".py") or p.name == "config.json")
-    files = [p for p in files if not p.name.startswith(("optimizer", "ema_teacher"))]
     return TEMPLATE.read_text().format(
         name=Path(run.folder).name,
         recipe=Path(run.recipe).name,
@@ -122,24 +128,67 @@ def model_card(run: RunRecord, state: TrainerState, config: EHMConfig, folder: P
         steps=state.global_step,
         max_steps=state.max_steps,
         figures=_figures(run, state),
-        starts="\n".join(
-            f"- {s['time']}: "
-            + ("started" if s["resumed_from"] is None else f"resumed from {s['resumed_from']}")
-            + f", {s['processes']} process(es), Python {s['python']}, "
-            + ", ".join(f"{name} {version}" for name, version in s["versions"].items())
-            for s in run.starts
-        ),
+        starts=_describe_starts(run),
         skipped=_describe_skipped(skipped),
-        hashes="\n".join(f"| {p.name} | `{sha256_of(p)}` |" for p in files),
+        hashes=_hashes(folder),
     )
+
+
+def task_card(run: RunRecord, state: TrainerState, folder: Path, usage: str) -> str:
+    """Model card of a downstream model as Markdown; `usage` holds Python lines that load and use it."""
+    evaluated = [row for row in state.log_history if any(key.startswith("eval_") for key in row)]
+    lines = ["| figure | value |", "| --- | --- |"]
+    lines += [f"| {k[5:]} | {v:.4f} |" for k, v in (evaluated[-1] if evaluated else {}).items() if is_figure(k)]
+    return TASK_TEMPLATE.read_text().format(
+        pipeline=PIPELINES.get(run.task, "image-feature-extraction"),
+        name=Path(run.folder).name,
+        task=run.task,
+        pretrained=_name_of_start(run),
+        usage=usage.strip(),
+        data=run.data,
+        steps=state.global_step,
+        max_steps=state.max_steps,
+        recipe=Path(run.recipe).name,
+        recipe_settings=_describe_settings(run),
+        starts=_describe_starts(run),
+        figures="\n".join(lines) if evaluated else "No evaluation was run.",
+        hashes=_hashes(folder),
+    )
+
+
+def is_figure(key: str) -> bool:
+    """Whether a key of an evaluation's row is a figure, and not its seconds or speed."""
+    return key.startswith("eval_") and not key.endswith(("_runtime", "_per_second", "_preparation_time"))
+
+
+def _name_of_start(run: RunRecord) -> str:
+    """Name of the checkpoint a task started from, without folders of the machine."""
+    start = run.model.get("pretrained")
+    return "random weights" if start is None else f"`{Path(start).name if Path(start).is_dir() else start}`"
+
+
+def _describe_starts(run: RunRecord) -> str:
+    return "\n".join(
+        f"- {s['time']}: "
+        + ("started" if s["resumed_from"] is None else f"resumed from {s['resumed_from']}")
+        + f", {s['processes']} process(es), Python {s['python']}, "
+        + ", ".join(f"{name} {version}" for name, version in s["versions"].items())
+        for s in run.starts
+    )
+
+
+def _hashes(folder: Path) -> str:
+    """Table rows of the SHA-256 of each file that the model needs."""
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".py") or p.name == "config.json")
+    files = [p for p in files if not p.name.startswith(("optimizer", "ema_teacher", "weight_average"))]
+    return "\n".join(f"| {p.name} | `{sha256_of(p)}` |" for p in files)
 
 
 def _describe_settings(run: RunRecord) -> str:
     """The recipe's sections as YAML, without folders of the machine."""
     training = {key: value for key, value in run.training.items() if not key.endswith("_dir")}
-    return yaml.safe_dump(
-        {"model": run.model, "data": run.augmentation, "training": training}, sort_keys=False
-    ).rstrip()
+    model = {key: value for key, value in run.model.items() if key != "pretrained"}
+    return yaml.safe_dump({"model": model, "data": run.augmentation, "training": training}, sort_keys=False).rstrip()
 
 
 def _describe_skipped(skipped: list[dict]) -> str:

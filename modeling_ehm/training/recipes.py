@@ -1,7 +1,7 @@
 """Recipes: YAML file + `section.key=value` overrides -> typed, checked sections. Unknown keys are errors.
 
-A recipe has the sections `model` (fields of `EHMConfig`), `data` (`DataArguments`) and `training`
-(`EHMTrainingArguments`, that is `transformers.TrainingArguments` and a few more).
+A recipe names its `task` and has the sections `model` (fields of `EHMConfig`, and `pretrained`), `data`, `training`
+and, where the task has one, `head`, what stands on the encoder. Which fields the last three have, the task says.
 """
 
 import dataclasses
@@ -14,13 +14,21 @@ from pathlib import Path
 import yaml
 
 from modeling_ehm.configuration_ehm import EHMConfig
-from modeling_ehm.training.data import DataArguments
 
-SECTIONS = ("task", "model", "data", "training")
+SECTIONS = ("task", "model", "head", "data", "training")
 
 
 class RecipeError(ValueError):
     """A recipe that cannot be used; the message is one line that says where and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """Dataclasses that the sections of a task's recipes must fit; `head` is None for tasks without that section."""
+
+    data: type
+    training: type
+    head: type | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,15 +39,17 @@ class Recipe:
         task: What to do; one of the names in `training.tasks`.
         model: Keyword arguments of `EHMConfig`.
         pretrained: Directory or Hub id whose weights to start from (`model.pretrained`); None starts at random.
-        data: Sources and augmentation.
-        training: Keyword arguments of `EHMTrainingArguments`.
+        head: What stands on the encoder, an instance of the task's `SCHEMA.head`.
+        data: Sources and augmentation, an instance of the task's `SCHEMA.data`.
+        training: Keyword arguments of the task's `SCHEMA.training`.
         source: File it was read from.
     """
 
     task: str
     model: dict
     pretrained: str | None
-    data: DataArguments
+    head: typing.Any
+    data: typing.Any
     training: dict
     source: str
 
@@ -56,25 +66,30 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     unknown = [name for name in sections if name not in SECTIONS]
     if unknown:
         raise RecipeError(f"{path}: unknown section {unknown[0]!r}{_suggest(unknown[0], SECTIONS)}; one of {SECTIONS}")
-    for name in ("model", "data", "training"):
+    task = sections.get("task", "pretrain")
+    schema = _schema_of(task)
+    for name in ("model", "head", "data", "training"):
         if not isinstance(sections.setdefault(name, {}) or {}, dict):
             raise RecipeError(f"{path}: section {name!r} must hold keys and values, not {sections[name]!r}")
         sections[name] = sections[name] or {}
     pretrained = sections["model"].pop("pretrained", None)
     if not isinstance(pretrained, str | None):
         raise RecipeError(f"model.pretrained={pretrained!r} must be a directory or a Hub id")
+    if schema.head is None and sections["head"]:
+        raise RecipeError(f"{path}: task {task!r} has no section 'head'")
     _check_fields(sections["model"], EHMConfig, "model")
-    _check_fields(sections["training"], _training_arguments(), "training")
-    data = _build(DataArguments, sections["data"], "data")
-    return Recipe(
-        sections.get("task", "pretrain"), sections["model"], pretrained, data, sections["training"], str(path)
-    )
+    _check_fields(sections["training"], schema.training, "training")
+    head = None if schema.head is None else _build(schema.head, sections["head"], "head")
+    data = _build(schema.data, sections["data"], "data")
+    return Recipe(task, sections["model"], pretrained, head, data, sections["training"], str(path))
 
 
-def _training_arguments() -> type:
-    from modeling_ehm.training.arguments import EHMTrainingArguments
+def _schema_of(task) -> Schema:
+    from modeling_ehm.training.tasks import TASKS  # here: tasks import this module
 
-    return EHMTrainingArguments
+    if task not in list(TASKS):
+        raise RecipeError(f"task={task!r} is not one of {', '.join(TASKS)}")
+    return TASKS[task].SCHEMA
 
 
 def _read_yaml(path: Path) -> dict:

@@ -1,23 +1,17 @@
-"""`EHMTrainer`: transformers' Trainer, plus a log that explains itself, probes as evaluation, whole checkpoints."""
+"""`EHMTrainer`: the Trainer of pre-training, with a log that explains itself and probes as evaluation."""
 
-import logging
 import time
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
-from transformers import Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import HubStrategy
 
-from modeling_ehm.modeling_ehm import EHMForPreTraining, evaluation_mode
-from modeling_ehm.training import hub
+from modeling_ehm.modeling_ehm import evaluation_mode
 from modeling_ehm.training.callbacks import EMATeacherCallback, ProgressCallback
 from modeling_ehm.training.evaluation import Evaluator
 from modeling_ehm.training.metrics import mask_statistics
-
-logger = logging.getLogger(__name__)
+from modeling_ehm.training.recorded_trainer import RecordedTrainer
 
 
 class StepClock:
@@ -49,30 +43,22 @@ class StepClock:
         }
 
 
-class EHMTrainer(Trainer):
+class EHMTrainer(RecordedTrainer):
     """Trainer for `EHMForPreTraining`. A plain Trainer with `ProgressCallback` trains the same weights.
 
     Args:
         evaluators: Called at each evaluation with (model, step, progress); their figures are logged as `eval_...`.
-        run: What the model card tells of the run; see `hub.RunRecord`.
-        args, kwargs: As for `transformers.Trainer`.
+        args, kwargs: As for `RecordedTrainer`.
     """
 
-    def __init__(self, *args, evaluators: list[Evaluator] = (), run: "hub.RunRecord | None" = None, **kwargs):
+    def __init__(self, *args, evaluators: list[Evaluator] = (), **kwargs):
         super().__init__(*args, **kwargs)
-        self.evaluators, self.run = list(evaluators), run
+        self.evaluators = list(evaluators)
         self.clock = StepClock()
         self.ema_teacher = EMATeacherCallback()
         self.add_callback(ProgressCallback())
         self.add_callback(self.ema_teacher)
         self._last_mask: torch.Tensor | None = None
-        self.failed_pushes: list[str] = []
-        self.resume_from: str | None = None
-
-    @property
-    def bare_model(self) -> EHMForPreTraining:
-        """The model without wrappers."""
-        return self.accelerator.unwrap_model(self.model)
 
     def train(self, *args, **kwargs):
         self.clock.restart()
@@ -157,52 +143,13 @@ class EHMTrainer(Trainer):
                 total += float(self.bare_model(**batch).loss) * len(batch["pixel_values"])
         return total / len(dataset)
 
-    # Checkpoints and pushes
+    # Checkpoints
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        # The Trainer pickles its arguments; a pickle is nothing to share, and JSON says the same with tokens masked.
-        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
-        (folder / "training_args.json").write_text(self.args.to_json_string())
-        self.ema_teacher.save(folder)
-        self._write_card(folder)
+        if self.args.should_save:
+            self.ema_teacher.save(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.ema_teacher.resumed_from = Path(resume_from_checkpoint)
-
-    def _write_card(self, folder: Path) -> None:
-        if self.run is not None:
-            (folder / "README.md").write_text(hub.model_card(self.run, self.state, self.bare_model.config, folder))
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """The card written from the run, instead of the Trainer's generic one."""
-        if self.is_world_process_zero():
-            self._write_card(Path(self.args.output_dir))
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Push weights, config, code, processor and card from the finished checkpoint folder, and wait for it.
-
-        The Trainer would copy weights and config alone into `output_dir` and push that in the background: a commit
-        whose `auto_map` names code that is not there, and whose weights may change while they are read.
-        """
-        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
-            return
-        try:
-            message = f"Training in progress, step {self.state.global_step}"
-            hub.push_folder(checkpoint_folder, self.hub_model_id, message, self.args.hub_revision)
-        except Exception as error:  # a Hub that is down must not end a training
-            self.failed_pushes.append(f"step {self.state.global_step}: {type(error).__name__}: {error}")
-            logger.warning("push to %s failed and will be tried again at the next save: %s", self.hub_model_id, error)
-
-    def push_to_hub(self, commit_message: str = "End of training", **kwargs):
-        """Save the final model into `output_dir` and push it; raises if the Hub refuses."""
-        self.save_model(_internal_call=True)
-        if not self.is_world_process_zero():
-            return None
-        if self.hub_model_id is None:
-            self.init_hf_repo()
-        return hub.push_folder(self.args.output_dir, self.hub_model_id, commit_message, self.args.hub_revision)

@@ -1,5 +1,6 @@
 """Recipes: those we ship can be used, and those that cannot say in one line where and why."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from tiny_recipes import ROOT, write_recipe
 
 from modeling_ehm import EHMConfig
 from modeling_ehm.training.arguments import EHMTrainingArguments
-from modeling_ehm.training.data import DataArguments, ImageSource, find_image_column, open_source
+from modeling_ehm.training.data import ImageSource, find_image_column, open_source
 from modeling_ehm.training.recipes import RecipeError, load_recipe
 from modeling_ehm.training.tasks import TASKS
 
@@ -34,20 +35,30 @@ def test_there_are_recipes():
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=[str(path.relative_to(ROOT)) for path in RECIPES])
-def test_each_shipped_recipe_builds_its_config_data_and_arguments(path, tmp_path):
+def test_each_shipped_recipe_builds_its_sections(path, tmp_path):
     """Every value passes every check, and the file opens with the command that runs it."""
     recipe = load_recipe(path, ["training.use_cpu=true", f"training.output_dir={tmp_path}"])
-    assert recipe.task in TASKS and recipe.source == str(path)
-    config, training = EHMConfig(**recipe.model), EHMTrainingArguments(**recipe.training)
-    assert isinstance(recipe.data, DataArguments) and len(recipe.data.image_mean) == config.num_channels
-    assert training.images_per_step == recipe.training["global_batch_size"]
-    assert training.learning_rate == recipe.training["base_learning_rate"] * training.images_per_step / 256
+    schema = TASKS[recipe.task].SCHEMA
+    assert recipe.task == path.parent.name and recipe.source == str(path)
+    config, training = EHMConfig(**recipe.model), schema.training(**recipe.training)
+    assert isinstance(recipe.data, schema.data) and len(recipe.data.image_mean) == config.num_channels
+    assert schema.head is None or isinstance(recipe.head, schema.head)
+    if "global_batch_size" in recipe.training:
+        assert training.images_per_step == recipe.training["global_batch_size"]
+    if "base_learning_rate" in recipe.training:
+        assert training.learning_rate == recipe.training["base_learning_rate"] * training.images_per_step / 256
     first = path.read_text().splitlines()[0]
     assert first.startswith("# ") and f"train_ehm.py {path.relative_to(ROOT)}" in first
-    for source in (recipe.data.train, recipe.data.probe_train, recipe.data.probe_test, recipe.data.segments):
-        if source is not None and source.path == "synthetic":  # the others need a download
+    for field in dataclasses.fields(recipe.data):
+        source = getattr(recipe.data, field.name)
+        if isinstance(source, ImageSource) and source.path == "synthetic":  # the others need a download
             source.max_images = 1
             assert find_image_column(open_source(source, (64, 64)), source) == "image"
+
+
+def test_every_task_has_a_recipe():
+    """Each name in TASKS is a folder of recipes, and there is no other folder."""
+    assert {path.parent.name for path in RECIPES} == set(TASKS)
 
 
 # Values
@@ -78,10 +89,9 @@ def test_overrides_win_over_the_file_and_create_what_is_missing(recipe):
             "data.probe_test.path=parquet",
             "data.horizontal_flip=false",
             "training.run_name=a=b",
-            "task=other",
         ],
     )
-    assert loaded.training["max_steps"] == 7 and loaded.training["run_name"] == "a=b" and loaded.task == "other"
+    assert loaded.training["max_steps"] == 7 and loaded.training["run_name"] == "a=b" and loaded.task == "pretrain"
     assert loaded.model["image_size"] == [32, 64] and loaded.data.horizontal_flip is False
     assert loaded.data.train == ImageSource("parquet", data_files="a.parquet", streaming=True)
     assert loaded.data.probe_train == ImageSource("imagefolder", label_column="label")
@@ -198,7 +208,7 @@ def test_files_that_are_no_recipe_are_named(tmp_path):
         ".": "cannot read the recipe .*: .*[Ii]s a directory",
         "binary.yaml": "cannot read the recipe .*binary.yaml: .*codec can't decode",
         "broken.yaml": r"broken.yaml is not valid YAML: .* line \d",
-        "list.yaml": "list.yaml must hold the sections task, model, data, training; found list",
+        "list.yaml": "list.yaml must hold the sections task, model, head, data, training; found list",
         "empty.yaml": "empty.yaml must hold the sections .*; found NoneType",
     }.items():
         with pytest.raises(RecipeError, match=message) as error:

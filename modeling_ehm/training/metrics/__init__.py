@@ -1,7 +1,8 @@
 """Figures by which models are judged: pure functions, nothing to download."""
 
+from modeling_ehm.training.metrics.classification import top_k_accuracy
+from modeling_ehm.training.metrics.detection import coco_average_precision
 from modeling_ehm.training.metrics.pretraining import (
-    as_evaluate_metric,
     block_labels,
     hierarchy_accuracy,
     knn_accuracy,
@@ -12,10 +13,17 @@ from modeling_ehm.training.metrics.pretraining import (
     reference_partition_accuracy,
     segment_counts,
 )
+from modeling_ehm.training.metrics.retrieval import average_precision, retrieval_scores
+from modeling_ehm.training.metrics.segmentation import confusion_matrix, segmentation_scores
+from modeling_ehm.training.metrics.wrappers import BatchSegmentationScores, as_evaluate_metric
 
 __all__ = [
+    "BatchSegmentationScores",
     "as_evaluate_metric",
+    "average_precision",
     "block_labels",
+    "coco_average_precision",
+    "confusion_matrix",
     "hierarchy_accuracy",
     "knn_accuracy",
     "linear_probe_accuracy",
@@ -23,5 +31,8 @@ __all__ = [
     "partition_scores",
     "patch_segments",
     "reference_partition_accuracy",
+    "retrieval_scores",
     "segment_counts",
+    "segmentation_scores",
+    "top_k_accuracy",
 ]

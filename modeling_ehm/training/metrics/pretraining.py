@@ -1,7 +1,7 @@
 """Figures by which a pre-training run is judged: features (k-NN, ridge probe), hierarchies, masks.
 
 Pure functions: numpy arrays or tensors in, floats out, no randomness that a call does not bring along, nothing to
-download. `as_evaluate_metric` wraps two of them for code that is written against the `evaluate` library.
+download.
 
 Letters: n images, D feature width, B images, H W pixels, N patches, K nodes of a cut, S true segments of an image.
 """
@@ -411,64 +411,7 @@ def _region_sizes(mask: Tensor) -> Tensor:
     return sizes.scatter_add_(1, number.long().flatten(1), mask.flatten(1).long())[:, 1:]
 
 
-# The evaluate library
-
-
-def as_evaluate_metric(name: str, **kwargs):
-    """A metric of this module as an `evaluate.Metric`, made here, so that nothing is downloaded.
-
-    "knn_accuracy": `add_batch(predictions=features, references=labels)` for test images, then
-    `compute(train_features=..., train_labels=..., k=20, temperature=0.07)` -> `{"knn_accuracy": float}`.
-
-    "hierarchy_accuracy": `add_batch(parent=tree.parent, rank=tree.rank, references=segments)`, then `compute()` -> the
-    dict of `hierarchy_accuracy`.
-
-    Args:
-        name: One of the two.
-        kwargs: Passed on to `evaluate.Metric`, for instance `cache_dir`, `num_process`, `process_id`.
-
-    Raises:
-        ValueError: an unknown name.
-        ImportError: `evaluate` is not installed.
-    """
-    if name not in ("knn_accuracy", "hierarchy_accuracy"):
-        raise ValueError(f"name={name!r} is not one of knn_accuracy, hierarchy_accuracy")
-    try:
-        import datasets  # here: importing evaluate takes seconds, and only this function needs it
-        import evaluate
-    except ImportError as error:
-        raise ImportError("as_evaluate_metric needs the evaluate library: pip install evaluate") from error
-
-    integers = datasets.Sequence(datasets.Value("int64"))
-
-    class KNNAccuracy(evaluate.Metric):
-        def _info(self):
-            floats = datasets.Sequence(datasets.Value("float32"))
-            features = datasets.Features({"predictions": floats, "references": datasets.Value("int64")})
-            return _metric_info(evaluate, knn_accuracy, features)
-
-        def _compute(self, predictions, references, train_features, train_labels, **options):
-            return {name: knn_accuracy(train_features, train_labels, predictions, references, **options)}
-
-    class HierarchyAccuracy(evaluate.Metric):
-        def _info(self):
-            features = datasets.Features({"parent": integers, "rank": integers, "references": integers})
-            return _metric_info(evaluate, hierarchy_accuracy, features)
-
-        def _compute(self, parent, rank, references):
-            parent, rank = torch.as_tensor(parent), torch.as_tensor(rank)
-            return hierarchy_accuracy(PatchHierarchy(parent, -rank.double(), rank), references)  # cuts read no heights
-
-    return (KNNAccuracy if name == "knn_accuracy" else HierarchyAccuracy)(**kwargs)
-
-
-def _metric_info(evaluate, function, features):
-    description = function.__doc__.split("\n", 1)[0]
-    return evaluate.MetricInfo(description=description, citation="", inputs_description="", features=features)
-
-
 __all__ = [
-    "as_evaluate_metric",
     "block_labels",
     "hierarchy_accuracy",
     "knn_accuracy",

@@ -1,8 +1,9 @@
 """Tasks of `train_ehm.py`, by the name that a recipe gives as `task`.
 
-A task is a module with `prepare(recipe) -> EHMTrainer`, where mistakes of the user surface, and `execute(trainer)`.
+A task is a module with a `SCHEMA` of its recipes, `prepare(recipe)`, where mistakes of the user surface, and
+`execute(prepared)`, which does the work.
 """
 
-from modeling_ehm.training.tasks import pretrain
+from modeling_ehm.training.tasks import classify, low_shot, pretrain, probe
 
-TASKS = {"pretrain": pretrain}
+TASKS = {"pretrain": pretrain, "classify": classify, "probe": probe, "low_shot": low_shot}

@@ -6,15 +6,15 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, ViTImageProcessorPil, set_seed
+from transformers import AutoConfig, set_seed
 
 from modeling_ehm.configuration_ehm import EHMConfig, to_pair
 from modeling_ehm.conversion import from_vit_mae
 from modeling_ehm.modeling_ehm import EHMForPreTraining
 from modeling_ehm.training import pictures
 from modeling_ehm.training.arguments import EHMTrainingArguments
+from modeling_ehm.training.checkpoints import find_checkpoint
 from modeling_ehm.training.data import (
-    MODES,
     DataArguments,
     Normalizer,
     NormalizingCollator,
@@ -30,11 +30,13 @@ from modeling_ehm.training.evaluation import (
     ProbeEvaluator,
 )
 from modeling_ehm.training.hub import RunRecord
-from modeling_ehm.training.recipes import Recipe, RecipeError
+from modeling_ehm.training.labelled import check_channels, image_processor
+from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.trainer import EHMTrainer
 
 logger = logging.getLogger(__name__)
 
+SCHEMA = Schema(DataArguments, EHMTrainingArguments)
 MAX_HELD_OUT = 512  # images of the evaluation loss; it is a curve to look at, the probes are the measure
 
 
@@ -52,7 +54,7 @@ def prepare(recipe: Recipe) -> EHMTrainer:
     set_seed(args.seed)  # before the model: the Trainer seeds too late for the initial weights
     model = build_model(recipe, args.attn_implementation)
     config = model.config
-    check_channels(config, recipe.data)
+    check_channels(config, recipe.data.image_mean)
     images = training_images(recipe.data, args, config)
     evaluators, held_out, references = build_evaluators(recipe.data, args, config, model)
     augmentation = dataclasses.asdict(recipe.data)
@@ -72,7 +74,7 @@ def prepare(recipe: Recipe) -> EHMTrainer:
         train_dataset=images,
         eval_dataset=held_out,
         data_collator=NormalizingCollator(recipe.data.image_mean, recipe.data.image_std),
-        processing_class=image_processor(config, recipe.data),
+        processing_class=image_processor(config, recipe.data.image_mean, recipe.data.image_std),
         evaluators=evaluators,
         run=record,
     )
@@ -120,48 +122,6 @@ def build_model(recipe: Recipe, attn_implementation: str) -> EHMForPreTraining:
     return model
 
 
-def check_channels(config: EHMConfig, data: DataArguments) -> None:
-    if config.num_channels not in MODES:
-        raise RecipeError(
-            f"model.num_channels={config.num_channels}: image files have 1, 3 or 4 channels; for others give a"
-            " torch data set of your own to EHMTrainer"
-        )
-    if len(data.image_mean) != config.num_channels:
-        raise RecipeError(
-            f"data.image_mean={data.image_mean} has {len(data.image_mean)} numbers, but model.num_channels="
-            f"{config.num_channels}; give one mean and one standard deviation a channel"
-        )
-
-
-def find_checkpoint(args: EHMTrainingArguments) -> str | None:
-    """Checkpoint folder to go on from, as `training.resume_from_checkpoint` says."""
-    chosen, folder = args.resume_from_checkpoint, Path(args.output_dir)
-    found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]), reverse=True)
-    if chosen in ("never", None):
-        if found:
-            raise RecipeError(
-                f"training.output_dir={args.output_dir!r} holds {found[0].name} of an earlier run, and"
-                " training.resume_from_checkpoint is 'never' or null; choose another folder, or remove the checkpoints"
-            )
-        return None
-    if chosen == "auto":
-        for path in found:
-            if is_whole(path):
-                return str(path)
-            logger.warning("%s is not whole (the run ended while it was written) and is left aside", path)
-        return None
-    if not is_whole(Path(chosen)):
-        raise RecipeError(
-            f"training.resume_from_checkpoint={chosen!r} is not auto, never, or a folder that holds trainer_state.json"
-        )
-    return chosen
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes trainer_state.json last."""
-    return (checkpoint / "trainer_state.json").exists()
-
-
 def forget_earlier_run(folder: Path) -> None:
     """Remove what a run that starts afresh would otherwise mix with an earlier one's in the same folder."""
     for snapshot in (folder / "gallery").glob("step-*-progress-*.npz"):
@@ -187,21 +147,6 @@ def training_images(data: DataArguments, args: EHMTrainingArguments, config: EHM
         config.num_channels,
         num_positions=args.max_steps * args.images_per_step,
         record=Path(args.output_dir) / "skipped_images.jsonl",
-    )
-
-
-def image_processor(config: EHMConfig, data: DataArguments) -> ViTImageProcessorPil:
-    """transformers' own processor, saved beside the weights: resize to the native size, scale, normalise.
-
-    It converts to RGB for 3 channels; for 1 or 4, convert with PIL (`L`, `RGBA`) before calling it.
-    """
-    height, width = to_pair(config.image_size)
-    return ViTImageProcessorPil(
-        size={"height": height, "width": width},
-        resample=3,  # bicubic, as in training
-        image_mean=data.image_mean,
-        image_std=data.image_std,
-        do_convert_rgb=True if config.num_channels == 3 else None,
     )
 
 
@@ -241,7 +186,7 @@ def finish(trainer: EHMTrainer, record: RunRecord) -> dict[str, float]:
     if trainer.evaluators and (not evaluated or evaluated[-1]["step"] != state.global_step):
         trainer.evaluate()
         evaluated = [row for row in state.log_history if "eval_runtime" in row]
-    trainer.save_model(_internal_call=True)  # without the push that follows otherwise: figures and card come first
+    trainer.save_final_model()  # no push yet: figures and card come first
     trainer.save_state()
     if not trainer.is_world_process_zero():
         return evaluated[-1] if evaluated else {}

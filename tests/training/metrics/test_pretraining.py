@@ -6,7 +6,6 @@ import torch
 
 from modeling_ehm.hierarchy_ehm import build_hierarchy
 from modeling_ehm.training.metrics import (
-    as_evaluate_metric,
     block_labels,
     hierarchy_accuracy,
     knn_accuracy,
@@ -281,25 +280,3 @@ def test_mask_errors():
     mask[1] = False
     with pytest.raises(ValueError, match="no patch of image 1"):
         mask_statistics(mask, (4, 4))
-
-
-# The evaluate library
-
-
-def test_evaluate_metrics_give_the_figures_of_the_functions(tmp_path):
-    pytest.importorskip("evaluate")
-    train, (test, labels) = clusters(60, spread=0.6), clusters(40, spread=0.6, seed=1)
-    metric = as_evaluate_metric("knn_accuracy", cache_dir=str(tmp_path))
-    for start in range(0, 40, 16):
-        metric.add_batch(predictions=test[start : start + 16], references=labels[start : start + 16])
-    result = metric.compute(train_features=train[0], train_labels=train[1], k=5)
-    assert result == {"knn_accuracy": knn_accuracy(*train, test, labels, k=5)}
-
-    trees = build_hierarchy(torch.corrcoef(torch.randn(16, 50, generator=torch.Generator().manual_seed(0)))[None])
-    segments = torch.tensor([[0, 1, 1, 2] * 4])
-    metric = as_evaluate_metric("hierarchy_accuracy", cache_dir=str(tmp_path))
-    for _ in range(2):
-        metric.add_batch(parent=trees.parent, rank=trees.rank, references=segments)
-    assert metric.compute() == hierarchy_accuracy(trees, segments)
-    with pytest.raises(ValueError, match="name='ari'"):
-        as_evaluate_metric("ari")

@@ -1,0 +1,207 @@
+"""The figures for code that is written against `evaluate`, or against `Trainer` with `batch_eval_metrics`.
+
+The classes in `METRICS` are our halves of `evaluate.Metric` classes: `as_evaluate_metric` joins the other half when it
+is called, because importing `evaluate` takes seconds. Nothing is downloaded; `evaluate.load` would want a script.
+
+Letters: K classes, B images, H W pixels, L labels, D feature width, N patches, M database images.
+"""
+
+import io
+from collections.abc import Iterator, Mapping
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import EvalPrediction
+
+from modeling_ehm.hierarchy_ehm import PatchHierarchy
+from modeling_ehm.training.metrics.classification import top_k_accuracy
+from modeling_ehm.training.metrics.detection import coco_average_precision
+from modeling_ehm.training.metrics.pretraining import hierarchy_accuracy, knn_accuracy
+from modeling_ehm.training.metrics.retrieval import retrieval_scores
+from modeling_ehm.training.metrics.segmentation import confusion_matrix, segmentation_scores
+
+
+def as_evaluate_metric(name: str, **kwargs):
+    """A figure of this package as an `evaluate.Metric`, made here, so that nothing is downloaded.
+
+    `add(prediction=, reference=)`, `add_batch(predictions=, references=)` and `compute` are those of `evaluate`; the
+    result is the one of the function.
+
+    | name | predictions and references, of each image | arguments of `compute` |
+    | --- | --- | --- |
+    | knn_accuracy | features `(D,)`; label | `train_features`, `train_labels`, `k=20`, `temperature=0.07` |
+    | hierarchy_accuracy | `parent=`, `rank=` of the tree; references are segments `(N,)` | |
+    | top_k_accuracy | logits `(K,)`; label | `k=(1, 5)` |
+    | mean_iou | predicted and true map `(H, W)`, sizes may differ between images | `num_labels`, `ignore_index=None` |
+    | coco_average_precision | the dicts of `coco_average_precision` | `num_labels` |
+    | retrieval_map | similarities `(M,)` of a query; its group | `database_groups`, `tags=None` |
+
+    Args:
+        name: One of the table's.
+        kwargs: Passed on to `evaluate.Metric`, for instance `experiment_id`, `cache_dir`, `num_process`, `process_id`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name not in METRICS:
+        raise ValueError(f"name={name!r} is not one of {', '.join(METRICS)}")
+    import evaluate  # here: it takes seconds, and only this function needs it
+
+    ours = METRICS[name]
+    return type(ours.__name__, (ours, evaluate.Metric), {})(**kwargs)
+
+
+def _pack(row) -> bytes:
+    """An array, tensor, number, list or dict of these as bytes in numpy's format, integers as small as they fit."""
+    packed = io.BytesIO()
+    if isinstance(row, Mapping):
+        np.savez(packed, **{key: _small_array(value) for key, value in row.items()})
+    else:
+        np.save(packed, _small_array(row), allow_pickle=False)
+    return packed.getvalue()
+
+
+def _small_array(values) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        values = values.float() if values.dtype == torch.bfloat16 else values  # numpy has no bfloat16
+    array = np.asarray(values)
+    if array.dtype.kind in "iu" and array.size:
+        array = array.astype(np.result_type(np.min_scalar_type(array.min()), np.min_scalar_type(array.max())))
+    return array
+
+
+def _unpack(packed: bytes) -> np.ndarray | dict[str, np.ndarray]:
+    row = np.load(io.BytesIO(packed))
+    return {key: _widen(row[key]) for key in row} if isinstance(row, Mapping) else _widen(row)
+
+
+def _widen(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.int64) if array.dtype.kind in "iu" else array
+
+
+class PackedMetric:
+    """Half of a metric whose rows are kept as bytes: any shape and key, without the slow way through nested lists."""
+
+    inputs = ("predictions", "references")
+
+    def _info(self):
+        import evaluate
+
+        features = datasets.Features({name: datasets.Value("large_binary") for name in self.inputs})
+        return evaluate.MetricInfo(
+            description=type(self).__doc__, citation="", inputs_description="", features=features
+        )
+
+    def add(self, **row):
+        """Add one prediction and its reference."""
+        super().add(**{name: _pack(value) for name, value in row.items()})
+
+    def add_batch(self, **rows):
+        """Add predictions and their references."""
+        super().add_batch(**{name: [_pack(value) for value in values] for name, values in rows.items()})
+
+    def _compute(self, **arguments):
+        rows = {name: map(_unpack, arguments.pop(name)) for name in self.inputs}
+        return self.score(**rows, **arguments)
+
+
+class KNNAccuracy(PackedMetric):
+    """Share of test images whose class a weighted vote of their nearest training images finds."""
+
+    def score(self, predictions: Iterator, references: Iterator, train_features, train_labels, **options):
+        test = np.stack([*predictions]), np.stack([*references])
+        return {"knn_accuracy": knn_accuracy(train_features, train_labels, *test, **options)}
+
+
+class HierarchyAccuracy(PackedMetric):
+    """Agreement of the hierarchies' cuts with true segments."""
+
+    inputs = ("parent", "rank", "references")
+
+    def score(self, parent: Iterator, rank: Iterator, references: Iterator):
+        parent, rank = torch.as_tensor(np.stack([*parent])), torch.as_tensor(np.stack([*rank]))
+        trees = PatchHierarchy(parent, -rank.double(), rank)  # cuts read no heights
+        return hierarchy_accuracy(trees, np.stack([*references]))
+
+
+class TopKAccuracy(PackedMetric):
+    """Share of images whose true class is among the k highest logits."""
+
+    def score(self, predictions: Iterator, references: Iterator, **options):
+        return top_k_accuracy(np.stack([*predictions]), np.stack([*references]), **options)
+
+
+class MeanIoU(PackedMetric):
+    """Mean intersection over union, and how many pixels are right."""
+
+    def score(self, predictions: Iterator, references: Iterator, num_labels: int, ignore_index: int | None = None):
+        confusion = torch.zeros(num_labels, num_labels, dtype=torch.long)
+        for image, (predicted, true) in enumerate(zip(predictions, references, strict=True)):
+            try:
+                confusion += confusion_matrix(predicted, true, num_labels, ignore_index)
+            except ValueError as error:
+                raise ValueError(f"image {image}: {error}") from error
+        return segmentation_scores(confusion)
+
+
+class CocoAveragePrecision(PackedMetric):
+    """Box average precision as COCO defines it."""
+
+    def score(self, predictions: Iterator, references: Iterator, num_labels: int):
+        return coco_average_precision([*predictions], [*references], num_labels)
+
+
+class RetrievalMap(PackedMetric):
+    """Mean average precision of ranked databases, and how often the first answer is right."""
+
+    def score(self, predictions: Iterator, references: Iterator, database_groups, tags=None):
+        return retrieval_scores(np.stack([*predictions]), np.stack([*references]), database_groups, tags)
+
+
+METRICS = {
+    "knn_accuracy": KNNAccuracy,
+    "hierarchy_accuracy": HierarchyAccuracy,
+    "top_k_accuracy": TopKAccuracy,
+    "mean_iou": MeanIoU,
+    "coco_average_precision": CocoAveragePrecision,
+    "retrieval_map": RetrievalMap,
+}
+
+
+class BatchSegmentationScores:
+    """`compute_metrics` of a `Trainer` with `batch_eval_metrics=True`: segmentation without keeping all logits.
+
+    Each batch is turned into `(L, L)` counts at once. Logits `(B, L, h, w)` are resized bilinearly to the true maps
+    `(B, H, W)` before the argmax, as transformers' `post_process_semantic_segmentation` does. In several processes the
+    batches must be of one size: the Trainer fills up what is smaller with -100, which is no class.
+
+    Attributes:
+        scores: The dict of `segmentation_scores` of the last finished evaluation, with `iou_per_class`; None before.
+    """
+
+    def __init__(self, num_labels: int, ignore_index: int | None = None):
+        """
+        Args:
+            num_labels: L.
+            ignore_index: True class of the pixels that do not count.
+        """
+        self.num_labels, self.ignore_index = num_labels, ignore_index
+        self.scores = None
+        self._confusion = 0
+
+    def __call__(self, evaluation: EvalPrediction, compute_result: bool) -> dict[str, float]:
+        """Count a batch; at the last one, `compute_result`, also return the figures that are one number each."""
+        logits, references = torch.as_tensor(evaluation.predictions), torch.as_tensor(evaluation.label_ids)
+        logits = F.interpolate(logits.float(), size=references.shape[-2:], mode="bilinear", align_corners=False)
+        self._confusion += confusion_matrix(logits.argmax(1), references, self.num_labels, self.ignore_index)
+        if not compute_result:
+            return {}
+        self.scores, self._confusion = segmentation_scores(self._confusion), 0
+        return {name: score for name, score in self.scores.items() if isinstance(score, float)}
+
+
+__all__ = ["BatchSegmentationScores", "as_evaluate_metric"]

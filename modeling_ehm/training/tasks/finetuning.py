@@ -1,0 +1,111 @@
+"""What the tasks that train a head have in common: start, trainer, end."""
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import set_seed
+
+from modeling_ehm.training.arguments import TaskTrainingArguments
+from modeling_ehm.training.checkpoints import find_checkpoint
+from modeling_ehm.training.data import ImageSource, describe_source
+from modeling_ehm.training.hub import RunRecord, is_figure
+from modeling_ehm.training.recipes import Recipe
+from modeling_ehm.training.task_trainer import TaskTrainer, find_encoder
+
+logger = logging.getLogger(__name__)
+
+
+def start(recipe: Recipe) -> tuple[TaskTrainingArguments, str | None]:
+    """Arguments of a run and the checkpoint folder it goes on from; seeds torch for the initial weights of the head."""
+    args = TaskTrainingArguments(**recipe.training)
+    resume_from = find_checkpoint(args)
+    set_seed(args.seed)  # before the model: the Trainer seeds too late for the initial weights
+    return args, resume_from
+
+
+def describe_run(recipe: Recipe, args: TaskTrainingArguments) -> RunRecord:
+    """Record of a run, for `run.json` and the model card."""
+    data = {field.name: getattr(recipe.data, field.name) for field in dataclasses.fields(recipe.data)}
+    sources = {name: value for name, value in data.items() if isinstance(value, ImageSource)}
+    model = recipe.model | ({"pretrained": recipe.pretrained} if recipe.pretrained else {})
+    if recipe.head is not None:
+        model["head"] = dataclasses.asdict(recipe.head)
+    return RunRecord(
+        recipe=recipe.source,
+        data="; ".join(f"{name}: {describe_source(source)}" for name, source in sources.items()),
+        model=model,
+        augmentation={name: value for name, value in data.items() if name not in sources},
+        training=recipe.training,
+        folder=args.output_dir,
+        task=recipe.task,
+    )
+
+
+def build_trainer(
+    recipe: Recipe,
+    args: TaskTrainingArguments,
+    resume_from: str | None,
+    model: nn.Module,
+    train: Dataset,
+    test: Dataset,
+    **kwargs,
+) -> TaskTrainer:
+    """Trainer of a model that holds an EHM encoder; `kwargs` as for `TaskTrainer`."""
+    if args.freeze_encoder:
+        _, encoder = find_encoder(model)
+        encoder.requires_grad_(False)
+        for layer in encoder.layers:
+            layer.drop_path_rate = 0.0  # a frozen encoder gives the same features at every step
+    run = describe_run(recipe, args)
+    run.begin(resume_from, args.world_size)
+    trainer = TaskTrainer(model=model, args=args, train_dataset=train, eval_dataset=test, run=run, **kwargs)
+    trainer.resume_from = resume_from
+    return trainer
+
+
+def execute(trainer: TaskTrainer) -> dict[str, float]:
+    """Train, evaluate, save, push; returns the figures of the last evaluation by name."""
+    args = trainer.args
+    if trainer.is_world_process_zero():
+        trainer.run.save()
+        if trainer.resume_from is not None:
+            logger.info("resuming from %s", trainer.resume_from)
+        logger.info(
+            "%d images a step, learning rate %.3g, %d steps", args.images_per_step, args.learning_rate, args.max_steps
+        )
+    trained = trainer.train(resume_from_checkpoint=trainer.resume_from)
+    evaluated = trainer.evaluate()
+    figures = {key[5:]: value for key, value in evaluated.items() if is_figure(key)}
+    trainer.save_final_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        report(trainer.run, figures, {"steps": trainer.state.global_step, "seconds": trained.metrics["train_runtime"]})
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    for failure in trainer.failed_pushes:
+        logger.warning("a push failed during training: %s", failure)
+    return figures
+
+
+def report(run: RunRecord, figures: dict[str, float], more: dict) -> None:
+    """Write `results.json` into the output folder and print the figures."""
+    folder = Path(run.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    summary = {
+        "task": run.task,
+        "pretrained": run.model.get("pretrained"),
+        "seed": run.training.get("seed", 42),
+        **more,
+        "figures": figures,
+        "references": run.references,
+    }
+    (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
+    print(f"\n{run.task}, from {run.model.get('pretrained') or 'random weights'}")
+    for name, value in figures.items():
+        reference = f"   (reference {run.references[name]:.4f})" if name in run.references else ""
+        print(f"{name:32}{value:>10.4f}{reference}")
+    print(f"wrote results.json to {folder}")
