@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from modeling_ehm import EHMConfig
+from modeling_ehm import EHMConfig, EHMForPreTraining
 
 ROOT = Path(__file__).parents[1]
 
@@ -97,3 +97,12 @@ def own_cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.getbasetemp() / "datasets"))
         yield
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory):
+    """Directory of a pre-training checkpoint of the tiny configuration, with random weights."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    torch.manual_seed(0)
+    EHMForPreTraining(tiny_config()).save_pretrained(folder)
+    return folder

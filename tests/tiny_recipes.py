@@ -10,6 +10,9 @@ import yaml
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
+from modeling_ehm.training.recipes import load_recipe
+from modeling_ehm.training.tasks import TASKS
+
 ROOT = Path(__file__).parents[1]
 
 MODEL = {  # 32 px images in 8 px patches: N = 16
@@ -99,3 +102,37 @@ def child_environment(home: Path) -> dict[str, str]:
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     offline = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return kept | offline | {"PYTHONPATH": str(ROOT)}
+
+
+def write_task_recipe(path: Path, task: str, pretrained: Path | None, data: dict, training=None, **sections) -> Path:
+    """A recipe of a downstream task on a checkpoint of the tiny model, of 2 steps; outputs go beside it."""
+    model = sections.pop("model", {})
+    recipe = {
+        "task": task,
+        "model": (MODEL | model) if pretrained is None else {"pretrained": str(pretrained)} | model,
+        "data": data,
+        "training": {
+            "output_dir": str(path.parent / "out"),
+            "use_cpu": True,
+            "max_steps": 2,
+            "global_batch_size": 4,
+            "learning_rate": 1.0e-3,
+            "warmup_steps": 0,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+        }
+        | (training or {}),
+        **sections,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(recipe))
+    return path
+
+
+def run_task(path: Path, *overrides: str) -> dict:
+    """Run a recipe of any task in this process; returns the figures that `execute` gives."""
+    recipe = load_recipe(path, overrides)
+    task = TASKS[recipe.task]
+    return task.execute(task.prepare(recipe))

@@ -65,7 +65,7 @@ def test_sources_that_cannot_serve_are_refused(tmp_path):
     source = {"path": "parquet", "data_files": path}
     with pytest.raises(ValueError, match="name the column of labels as label_column"):
         LabelledRows(ImageSource(**source), {"label": None}, (32, 32))
-    with pytest.raises(ValueError, match=r"has no column 'class' \(label_column\); its columns are \['image', 'label'\]"):
+    with pytest.raises(ValueError, match=r"no column 'class' \(label_column\); its columns are \['image', 'label'\]"):
         LabelledRows(ImageSource(**source), {"label": "class"}, (32, 32))
     with pytest.raises(ValueError, match="streaming: false"):
         LabelledRows(ImageSource(**source, streaming=True), {"label": "label"}, (32, 32))

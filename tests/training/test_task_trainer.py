@@ -11,7 +11,7 @@ from modeling_ehm.training.callbacks import AVERAGE_FILE, WeightAverageCallback,
 from modeling_ehm.training.task_trainer import TaskTrainer, find_encoder, layer_decay_groups, layer_of
 
 # facebookresearch/mae, util/lr_decay.py, for a 12-layer ViT: `get_layer_id_for_vit` puts cls_token, pos_embed and
-# patch_embed in layer 0, block i in layer i + 1, and norm, fc_norm and head in layer 13; the scale is 0.75^(13 - layer).
+# patch_embed in layer 0, block i in layer i + 1, norm, fc_norm and head in layer 13; the scale is 0.75^(13 - layer).
 # Vectors, cls_token and pos_embed have no weight decay. Names on the left are theirs, on the right ours.
 MAES = {
     "cls_token": ("ehm.embeddings.cls_token", 0, False),

@@ -71,9 +71,17 @@ class ClassificationData(LabelledData):
     def __post_init__(self):
         super().__post_init__()
         check_crops(self.crop_scale, self.crop_ratio)
-        augment.check_rand_augment(self.rand_augment_ops, self.rand_augment_magnitude, 0.5)
-        augment.check_mix(self.mixup_alpha, self.cutmix_alpha, self.cutmix_share)
-        for name, low, high in (("random_erasing", 0, 1), ("label_smoothing", 0, 1), ("crop_pct", 1e-3, 1)):
+        ranges = {
+            "rand_augment_ops": (0, float("inf")),
+            "rand_augment_magnitude": (0, augment.MAX_MAGNITUDE),
+            "random_erasing": (0, 1),
+            "mixup_alpha": (0, float("inf")),
+            "cutmix_alpha": (0, float("inf")),
+            "cutmix_share": (0, 1),
+            "label_smoothing": (0, 1),
+            "crop_pct": (1e-3, 1),
+        }
+        for name, (low, high) in ranges.items():
             if not low <= getattr(self, name) <= high:
                 raise ValueError(f"data.{name}={getattr(self, name)} must lie in [{low}, {high}]")
 

@@ -1,0 +1,210 @@
+"""Run every small downstream recipe from several checkpoints and write one table.
+
+    python benchmarks/downstream.py docs/results/downstream EHM=outputs/tin64_ehm MAE=outputs/tin64_random
+
+Adds a column "untrained": random weights of the first checkpoint's architecture. Writes OUT_STEM.tables.md and
+OUT_STEM.json (all figures). Runs that are finished in the work folder are not run again, so the command can be stopped
+and started; a changed recipe or checkpoint runs anew. The recipes name their data below `data/`.
+"""
+
+import argparse
+import concurrent.futures
+import datetime
+import fnmatch
+import hashlib
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import set_seed
+
+from modeling_ehm import EHMConfig, EHMForPreTraining
+from modeling_ehm.training.hub import sha256_of
+
+ROOT = Path(__file__).parents[1]
+RECIPES = (  # the order of the table
+    "classify/tin40",
+    "probe/tin40",
+    "probe/flowers5",
+    "low_shot/flowers5",
+    "low_shot/monkeys10",
+    "classify/monkeys10_144px",
+    "segment/camvid_upernet",
+    "segment/camvid_linear",
+    "detect/bccd",
+    "detect/raccoon",
+    "retrieve/copydup",
+    "parts/camvid",
+)
+HEADLINES = {  # figures of the first table, by task; the others are in the second
+    "classify": ("top1", "top5"),
+    "probe": ("knn", "linear", "attentive"),
+    "low_shot": ("frozen_*_shot", "fine_tuned_*_shot"),
+    "segment": ("mean_iou", "pixel_accuracy"),
+    "detect": ("ap", "ap50"),
+    "retrieve": ("map", "recall_at_1", "map_crop*", "map_rotate*", "map_paste*"),
+    "parts": ("ari", "iou"),
+}
+
+
+def make_untrained(config: EHMConfig, folder: Path, seed: int) -> Path:
+    """A checkpoint with random weights."""
+    if not (folder / "model.safetensors").exists():
+        set_seed(seed)
+        EHMForPreTraining(config).save_pretrained(folder)
+    return folder
+
+
+def run_one(recipe: str, checkpoint: Path, seed: int, folder: Path, overrides: list[str]) -> dict:
+    """Results of one recipe from one checkpoint, from disk if the same was run before."""
+    path = ROOT / "configs" / f"{recipe}.yaml"
+    key = hashlib.sha256(path.read_bytes() + sha256_of(checkpoint / "model.safetensors").encode())
+    key.update(json.dumps([seed, overrides]).encode())
+    done = folder / "done.json"
+    if done.exists() and (kept := json.loads(done.read_text()))["key"] == key.hexdigest():
+        return kept["results"]
+    command = [sys.executable, ROOT / "train_ehm.py", path, f"model.pretrained={checkpoint}"]
+    command += [f"training.output_dir={folder}", f"training.seed={seed}", "training.disable_tqdm=true", *overrides]
+    started = time.perf_counter()
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "log.txt", "w") as log:
+        ended = subprocess.run([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+    if ended.returncode != 0:
+        raise RuntimeError(f"{recipe} from {checkpoint} failed; see {folder / 'log.txt'}")
+    results = json.loads((folder / "results.json").read_text())
+    del results["pretrained"]  # a path of this machine; the column says which checkpoint it is
+    results["wall_seconds"] = time.perf_counter() - started
+    done.write_text(json.dumps({"key": key.hexdigest(), "results": results}))
+    return results
+
+
+def is_headline(task: str, name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in HEADLINES[task]) and not name.endswith("_sd")
+
+
+def cell(values: list[float]) -> str:
+    """Mean, and standard deviation of several."""
+    text = f"{statistics.mean(values):.2f}"
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.2f}"
+
+
+def figure_rows(results: dict, recipe: str, columns: list[str], headline: bool) -> list[str]:
+    """Table rows of one recipe; `results[column]` is a list over seeds."""
+    task, first = recipe.split("/")[0], results[columns[0]][0]
+    rows = []
+    for name in first["figures"]:
+        if is_headline(task, name) != headline:
+            continue
+        values = {c: [one["figures"].get(name, float("nan")) for one in results[c]] for c in columns}
+        reference = first["references"].get(name)
+        cells = ["" if reference is None else f"{reference:.2f}", *(cell(values[c]) for c in reversed(columns))]
+        if len(columns) >= 2:
+            cells.append(f"{statistics.mean(values[columns[0]]) - statistics.mean(values[columns[1]]):+.2f}")
+        rows.append(f"| {recipe} | {name} | " + " | ".join(cells) + " |")
+    return rows
+
+
+def as_markdown(all_results: dict, columns: list[str], headline: bool) -> str:
+    """Table of the headline figures, or of all the others."""
+    header = ["recipe", "figure", "reference", *reversed(columns)]
+    header += [f"{columns[0]} less {columns[1]}"] if len(columns) >= 2 else []
+    lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
+    for recipe, results in all_results.items():
+        lines += figure_rows(results, recipe, columns, headline)
+    return "\n".join(lines)
+
+
+def times_table(all_results: dict, columns: list[str]) -> str:
+    """Steps and minutes of each run."""
+    lines = ["| recipe | steps | " + " | ".join(f"minutes, {c}" for c in reversed(columns)) + " |"]
+    lines.append("| --- | --- |" + " --- |" * len(columns))
+    for recipe, results in all_results.items():
+        minutes = [f"{statistics.mean(one['wall_seconds'] for one in results[c]) / 60:.1f}" for c in reversed(columns)]
+        lines.append(f"| {recipe} | {results[columns[0]][0]['steps']} | " + " | ".join(minutes) + " |")
+    return "\n".join(lines)
+
+
+def machine() -> str:
+    """Hardware and versions, one line."""
+    models = [line.split(":")[1].strip() for line in _cpu_info() if line.startswith("model name")]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return (
+        f"{os.cpu_count()} cores of {models[0] if models else platform.processor() or platform.machine()}, {gpu},"
+        f" torch {torch.__version__}, transformers {transformers.__version__}"
+    )
+
+
+def _cpu_info() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out_stem", type=Path)
+    parser.add_argument("checkpoints", nargs="+", metavar="NAME=CHECKPOINT_DIR")
+    parser.add_argument("--recipes", nargs="+", default=RECIPES, help="some of the recipes, as task/name")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time; set OMP_NUM_THREADS accordingly")
+    parser.add_argument("--work", type=Path, default=Path("outputs/downstream"), help="folder of the runs")
+    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="overrides of every recipe")
+    options = parser.parse_args()
+    checkpoints = {name: Path(folder) for name, _, folder in (c.partition("=") for c in options.checkpoints)}
+    config = EHMConfig.from_pretrained(next(iter(checkpoints.values())))
+    checkpoints["untrained"] = make_untrained(config, options.work / "untrained-checkpoint", seed=0)
+    jobs = {
+        (recipe, column, seed): options.work / column / recipe.replace("/", "-") / f"seed-{seed}"
+        for recipe in options.recipes
+        for column in checkpoints
+        for seed in options.seeds
+    }
+    failures, all_results = [], {}
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        running = {
+            pool.submit(run_one, recipe, checkpoints[column], seed, folder, options.set): (recipe, column, seed)
+            for (recipe, column, seed), folder in jobs.items()
+        }
+        for finished in concurrent.futures.as_completed(running):
+            recipe, column, seed = running[finished]
+            if (error := finished.exception()) is not None:
+                failures.append(str(error))
+                print(f"FAILED {recipe}, {column}, seed {seed}: {error}", flush=True)
+            else:
+                results = finished.result()
+                all_results[running[finished]] = results
+                print(f"{recipe}, {column}, seed {seed}: {results['wall_seconds'] / 60:.1f} minutes", flush=True)
+    columns = list(checkpoints)
+    tables = {
+        recipe: {c: [all_results[recipe, c, s] for s in options.seeds] for c in columns}
+        for recipe in options.recipes
+        if all((recipe, c, s) in all_results for c in columns for s in options.seeds)
+    }
+    options.out_stem.parent.mkdir(parents=True, exist_ok=True)
+    options.out_stem.with_suffix(".json").write_text(json.dumps(tables, indent=1) + "\n")
+    text = f"""{datetime.date.today()}; {machine()}; {options.jobs} run(s) at a time; seeds {options.seeds}.
+
+{as_markdown(tables, columns, headline=True)}
+
+Steps and time:
+
+{times_table(tables, columns)}
+
+All other figures:
+
+{as_markdown(tables, columns, headline=False)}
+"""
+    options.out_stem.with_suffix(".tables.md").write_text(text)
+    print(f"wrote {options.out_stem}.tables.md and .json")
+    if failures:
+        sys.exit(f"{len(failures)} runs failed")
+
+
+if __name__ == "__main__":
+    main()
