@@ -247,7 +247,7 @@ def execute(task: ProbeTask) -> dict[str, float]:
     run.begin(None, args.world_size)
     figures, more = {}, {"steps": 0, "seconds": 0.0}
     if "knn" in head.kinds:
-        train, test = ((features[n][config.pooling], labels[n]) for n in ("train", "test"))
+        train, test = ((np.array(features[n][config.pooling]), labels[n]) for n in ("train", "test"))
         figures["knn"] = 100 * knn_accuracy(*train, *test, k=head.k, temperature=head.temperature)
     if head.trained:
         trained, more, best = train_probes(task, features, labels, run)

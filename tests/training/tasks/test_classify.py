@@ -2,13 +2,17 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_recipes import (
+    ROOT,
     SYNTHETIC,
+    child_environment,
     encode,
     losses_of,
     picture,
@@ -97,6 +101,25 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, pretrained, workers):
     averaged = load_file(tmp_path / "whole" / "out" / "model.safetensors")["classifier.weight"]
     trained = load_file(tmp_path / "whole" / "out" / "checkpoint-4" / "model.safetensors")["classifier.weight"]
     assert not torch.equal(averaged, trained)  # the averaged weights are what is saved in the end
+
+
+def test_two_processes_train_as_one(tmp_path, pretrained):
+    """A global batch of 4 in one process, or 2 + 2: losses are equal to 1e-5, mixed pairs included.
+
+    The Trainer's own evaluation loss is left out: it averages over padded batches.
+    """
+    settings = {"weight_average_decay": 0.9, "max_steps": 3}
+    one = recipe_of(tmp_path / "one", pretrained, settings)
+    run_task(one)
+    two = recipe_of(tmp_path / "two", pretrained, settings)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [ROOT / "train_ehm.py", two]
+    environment = child_environment(tmp_path / "home")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert losses_of(tmp_path / "two" / "out") == pytest.approx(losses_of(tmp_path / "one" / "out"), abs=1e-5)
+    figures = [json.loads((tmp_path / name / "out" / "results.json").read_text())["figures"] for name in ("one", "two")]
+    assert [figures[0][name] for name in ("top1", "top5")] == [figures[1][name] for name in ("top1", "top5")]
 
 
 def test_a_frozen_encoder_keeps_its_weights(tmp_path, pretrained):
