@@ -15,7 +15,7 @@ import torch
 import yaml
 from conftest import BLOCK_PACKAGE
 from loopback_hub import LoopbackHub
-from tiny_recipes import PROBES, ROOT, log_of, picture, write_recipe
+from tiny_recipes import PROBES, ROOT, SYNTHETIC, log_of, picture, write_recipe, write_task_recipe
 from transformers import AutoImageProcessor
 
 from modeling_ehm import EHMModel
@@ -193,6 +193,26 @@ def test_the_token_is_nowhere(pushed):
     everything = text_of_everything(pushed.hub, pushed)
     assert b"safetensors" in everything and TOKEN.encode() not in everything
     assert pushed.hub.leaks() == [] and any(record.authorized for record in pushed.hub.log)
+
+
+def test_a_task_starts_from_a_hub_id_and_pushes_what_it_made(pushed, tmp_path):
+    """Fine-tuned from the pushed checkpoint by its id; the pushed classifier answers where the package is missing."""
+    data = {name: SYNTHETIC | {"max_images": 8, "label_column": "label"} for name in ("train", "test")}
+    training = PUSHING | {"hub_model_id": "alice/classifier", "hub_strategy": "end"}
+    recipe = write_task_recipe(tmp_path / "run" / "recipe.yaml", "classify", REPO, data, training)
+    done = client(pushed.hub, tmp_path / "run", ROOT / "train_ehm.py", recipe)
+    assert done.returncode == 0, done.stderr
+    card = pushed.hub.read("alice/classifier", "README.md").decode()
+    assert f"It started from `{REPO}`" in card and str(tmp_path) not in card
+    picture(7, 50, 40).save(tmp_path / "image.png")
+    program = """
+from transformers import pipeline
+classify = pipeline("image-classification", model="alice/classifier", revision=sys.argv[2], trust_remote_code=True)
+print(len(classify(sys.argv[1], top_k=20)))
+"""
+    sha = pushed.hub.commits("alice/classifier")[-1].sha
+    done = client(pushed.hub, tmp_path / "there", "-c", BLOCK_PACKAGE + program, tmp_path / "image.png", sha)
+    assert done.returncode == 0 and done.stdout.split() == ["10"], done.stderr
 
 
 def test_a_hub_that_is_down_in_between_does_not_end_the_run(tmp_path):
