@@ -457,9 +457,7 @@ def test_one_pretraining_directory_serves_every_auto_class(make_config, tmp_path
     processor.save_pretrained(tmp_path / "model")
     images = some_images(2)
     torch.save(images, tmp_path / "images.pt")
-    result = run_without_package(
-        LOAD_EVERY_CLASS, tmp_path / "model", tmp_path / "images.pt", tmp_path / "outputs.pt"
-    )
+    result = run_without_package(LOAD_EVERY_CLASS, tmp_path / "model", tmp_path / "images.pt", tmp_path / "outputs.pt")
     assert result.returncode == 0, result.stderr
     found = torch.load(tmp_path / "outputs.pt")
     with torch.no_grad():

@@ -416,4 +416,74 @@ def _draw_curves(series: dict[str, dict], names: list[str], references: dict[str
     return _save_small(figure, path)
 
 
-__all__ = ["load_snapshot", "render_curves", "render_gallery", "require_matplotlib", "save_snapshot", "snapshot"]
+# Segmentation
+
+
+def render_segmentation(
+    examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
+    class_names: Sequence[str],
+    path: str | Path,
+    ignore_index: int = 255,
+) -> Path:
+    """Draw images beside their true and predicted maps, one row an image, with the colours of the classes below.
+
+    Args:
+        examples: Image `(H, W, 3)` uint8, true and predicted map `(H, W)` of integers; sizes may differ between rows.
+        class_names: Names of the classes 0, 1, ...
+        path: Of the PNG; its folder is made.
+        ignore_index: What the true map has where there is no class; shown white.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no examples.
+        ImportError: matplotlib is not installed.
+    """
+    if not examples:
+        raise ValueError("examples is empty, so there is nothing to draw; pass some images with their maps")
+    cell, gap, header, line = 320, 4, 26, 20
+    names_a_line = 6
+    used = sorted({int(n) for _, *maps in examples for values in maps for n in np.unique(values)} - {ignore_index})
+    heights = [round(cell * image.shape[0] / image.shape[1]) for image, _, _ in examples]
+    footer = 12 + line * math.ceil(len(used) / names_a_line)
+    width, height = 3 * cell + 4 * gap, header + sum(heights) + gap * len(heights) + footer
+    figure = _new_figure(width, height)
+    for column, title in enumerate(("image", "truth", "prediction")):
+        x = (gap + column * (cell + gap) + cell / 2) / width
+        figure.text(x, 1 - header / 2 / height, title, fontsize=9, ha="center", va="center", color="0.3")
+    top = header
+    for (image, true, predicted), row_height in zip(examples, heights, strict=True):
+        for column, shown in enumerate((image, _class_colours(true, ignore_index), _class_colours(predicted))):
+            left, bottom = (gap + column * (cell + gap)) / width, 1 - (top + row_height) / height
+            _show(figure.add_axes((left, bottom, cell / width, row_height / height)), shown)
+        top += row_height + gap
+    for number, index in enumerate(used):
+        x = (12 + (number % names_a_line) * (width - 12) / names_a_line) / width
+        y = 1 - (top + 12 + line * (number // names_a_line)) / height
+        colour = _class_colours(np.array([[index]]))[0, 0] / 255
+        figure.text(x, y, "\u25a0", fontsize=11, va="center", color=colour)
+        figure.text(x + 14 / width, y, class_names[index], fontsize=8, va="center", color="0.2")
+    return _save_small(figure, Path(path))
+
+
+def _class_colours(labels: np.ndarray, ignore_index: int | None = None) -> np.ndarray:
+    """`(H, W)` -> `(H, W, 3)` uint8: neighbouring numbers far apart on the colour circle; `ignore_index` is white."""
+    hue = (labels * 0.618034) % 1  # multiples of the golden ratio spread evenly, however many there are
+    brightness = np.where(labels % 2, 0.95, 0.7)
+    offset = (hue[..., None] * 6 + np.array([5, 3, 1])) % 6  # HSV to RGB, saturation 0.75
+    shade = brightness[..., None] * (1 - 0.75 * np.minimum(offset, 4 - offset).clip(0, 1))
+    if ignore_index is not None:
+        shade[labels == ignore_index] = 1
+    return (255 * shade).round().astype(np.uint8)
+
+
+__all__ = [
+    "load_snapshot",
+    "render_curves",
+    "render_gallery",
+    "render_segmentation",
+    "require_matplotlib",
+    "save_snapshot",
+    "snapshot",
+]

@@ -4,6 +4,6 @@ A task is a module with a `SCHEMA` of its recipes, `prepare(recipe)`, where mist
 `execute(prepared)`, which does the work.
 """
 
-from modeling_ehm.training.tasks import classify, low_shot, pretrain, probe
+from modeling_ehm.training.tasks import classify, low_shot, pretrain, probe, segment
 
-TASKS = {"pretrain": pretrain, "classify": classify, "probe": probe, "low_shot": low_shot}
+TASKS = {"pretrain": pretrain, "classify": classify, "probe": probe, "low_shot": low_shot, "segment": segment}
