@@ -87,7 +87,7 @@ class LabelledRows:
         dataset = open_source(source, image_size)
         for name, column in columns.items():
             if column is None:
-                raise ValueError(f"{source.path}: name the column of {name}s as {name}_column")
+                raise ValueError(f"{source.path}: name a column of it as {name}_column, which this task needs")
             if column not in dataset.column_names:
                 raise ValueError(
                     f"{source.path} has no column {column!r} ({name}_column); its columns are {dataset.column_names}"
@@ -95,6 +95,9 @@ class LabelledRows:
         if len(dataset) == 0:
             raise ValueError(f"{source.path}, split {source.split!r}, holds no images")
         image_column = find_image_column(dataset, source)
+        for name, column in columns.items():
+            if column == image_column:
+                raise ValueError(f"{source.path}: {name}_column={column!r} is the column of the images; name another")
         dataset = dataset.select_columns([image_column, *columns.values()])
         dataset = dataset.cast_column(image_column, Image(decode=False))
         names = {image_column: "image", **{column: name for name, column in columns.items()}}
@@ -106,12 +109,12 @@ class LabelledRows:
         return len(self.dataset)
 
     def __getitem__(self, row: int) -> dict:
-        """Columns of a row, `image` decoded to an upright PIL image.
+        """Columns of a row, `image` decoded to an upright PIL image, and its number as `row`.
 
         Raises:
             ValueError: the image cannot be decoded; the row is named.
         """
-        columns = self.dataset[row]
+        columns = self.dataset[row] | {"row": row}
         try:
             columns["image"] = decode_image(columns["image"], self.num_channels, self.max_pixels)
         except Exception as error:  # Pillow raises nearly every type on broken files

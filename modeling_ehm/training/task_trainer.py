@@ -2,8 +2,10 @@
 
 import re
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
+from accelerate.utils import broadcast
 from torch import nn
 
 from modeling_ehm.modeling_ehm import EHMModel
@@ -104,6 +106,9 @@ class TaskTrainer(RecordedTrainer):
         return nullcontext() if self.weight_average is None else self.weight_average.applied_to(self.bare_model)
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        for buffer in self.bare_model.buffers():
+            # Statistics of batch norms differ between processes, and those of the first are saved: judge with them.
+            buffer.data.copy_(broadcast(buffer.data))
         with self.averaged_weights():
             return super().evaluate(*args, **kwargs)
 
@@ -112,7 +117,14 @@ class TaskTrainer(RecordedTrainer):
             super().save_final_model()
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
+        # Stock heads save under the names of older versions, which the Trainer cannot resume from (transformers issue
+        # 48805): it loads what it finds by name and leaves the rest at random, with no more than a warning.
+        model = self.bare_model
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained  # the instance's; that of the class stays
         if self.args.should_save and self.weight_average is not None and output_dir != self.args.output_dir:
             self.weight_average.save(output_dir)
 

@@ -63,7 +63,7 @@ def test_what_is_wrong_is_said_with_its_row(tmp_path):
 def test_sources_that_cannot_serve_are_refused(tmp_path):
     path = write_parquet(tmp_path / "rows.parquet", [encode(picture(0))], label=[0])
     source = {"path": "parquet", "data_files": path}
-    with pytest.raises(ValueError, match="name the column of labels as label_column"):
+    with pytest.raises(ValueError, match="name a column of it as label_column"):
         LabelledRows(ImageSource(**source), {"label": None}, (32, 32))
     with pytest.raises(ValueError, match=r"no column 'class' \(label_column\); its columns are \['image', 'label'\]"):
         LabelledRows(ImageSource(**source), {"label": "class"}, (32, 32))

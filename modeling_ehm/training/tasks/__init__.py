@@ -4,6 +4,13 @@ A task is a module with a `SCHEMA` of its recipes, `prepare(recipe)`, where mist
 `execute(prepared)`, which does the work.
 """
 
-from modeling_ehm.training.tasks import classify, low_shot, pretrain, probe, segment
+from modeling_ehm.training.tasks import classify, detect, low_shot, pretrain, probe, segment
 
-TASKS = {"pretrain": pretrain, "classify": classify, "probe": probe, "low_shot": low_shot, "segment": segment}
+TASKS = {
+    "pretrain": pretrain,
+    "classify": classify,
+    "probe": probe,
+    "low_shot": low_shot,
+    "segment": segment,
+    "detect": detect,
+}

@@ -52,9 +52,10 @@ def build_trainer(
     model: nn.Module,
     train: Dataset,
     test: Dataset,
+    trainer_class: type[TaskTrainer] = TaskTrainer,
     **kwargs,
 ) -> TaskTrainer:
-    """Trainer of a model that holds an EHM encoder; `kwargs` as for `TaskTrainer`."""
+    """Trainer of a model that holds an EHM encoder; `kwargs` as for `trainer_class`."""
     if args.freeze_encoder:
         _, encoder = find_encoder(model)
         encoder.requires_grad_(False)
@@ -62,7 +63,7 @@ def build_trainer(
             layer.drop_path_rate = 0.0  # a frozen encoder gives the same features at every step
     run = describe_run(recipe, args)
     run.begin(resume_from, args.world_size)
-    trainer = TaskTrainer(model=model, args=args, train_dataset=train, eval_dataset=test, run=run, **kwargs)
+    trainer = trainer_class(model=model, args=args, train_dataset=train, eval_dataset=test, run=run, **kwargs)
     trainer.resume_from = resume_from
     return trainer
 

@@ -43,7 +43,7 @@ from modeling_ehm.training.labelled import (
 )
 from modeling_ehm.training.metrics import confusion_matrix, segmentation_scores
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
-from modeling_ehm.training.task_trainer import TaskTrainer, find_encoder
+from modeling_ehm.training.task_trainer import TaskTrainer
 from modeling_ehm.training.tasks import finetuning
 
 HEADS = ("upernet", "linear")
@@ -433,32 +433,19 @@ def prepare(recipe: Recipe) -> SegmentationTrainer:
             "true_map": torch.from_numpy(labels),
         }
 
-    return build_trainer(
+    return finetuning.build_trainer(
         recipe,
         args,
         resume_from,
         model,
         examples,
         EvaluationImages(test_rows, evaluated),
+        trainer_class=SegmentationTrainer,
         data_collator=collate,
         compute_metrics=SegmentationFigures(names),
         processing_class=processor,
         usage=USAGE,
     )
-
-
-def build_trainer(recipe, args, resume_from, model, train, test, **kwargs) -> SegmentationTrainer:
-    """As `finetuning.build_trainer`, with our trainer."""
-    if args.freeze_encoder:
-        _, encoder = find_encoder(model)
-        encoder.requires_grad_(False)
-        for layer in encoder.layers:
-            layer.drop_path_rate = 0.0  # a frozen encoder gives the same features at every step
-    run = finetuning.describe_run(recipe, args)
-    run.begin(resume_from, args.world_size)
-    trainer = SegmentationTrainer(model=model, args=args, train_dataset=train, eval_dataset=test, run=run, **kwargs)
-    trainer.resume_from = resume_from
-    return trainer
 
 
 USAGE = """
