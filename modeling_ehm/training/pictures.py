@@ -421,17 +421,19 @@ def _draw_curves(series: dict[str, dict], names: list[str], references: dict[str
 
 def render_segmentation(
     examples: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]],
-    class_names: Sequence[str],
+    class_names: Sequence[str] | None,
     path: str | Path,
     ignore_index: int = 255,
+    titles: tuple[str, str, str] = ("image", "truth", "prediction"),
 ) -> Path:
     """Draw images beside their true and predicted maps, one row an image, with the colours of the classes below.
 
     Args:
         examples: Image `(H, W, 3)` uint8, true and predicted map `(H, W)` of integers; sizes may differ between rows.
-        class_names: Names of the classes 0, 1, ...
+        class_names: Names of the classes 0, 1, ...; None leaves the legend out.
         path: Of the PNG; its folder is made.
         ignore_index: What the true map has where there is no class; shown white.
+        titles: Of the columns.
 
     Returns:
         The path.
@@ -446,10 +448,11 @@ def render_segmentation(
     names_a_line = 6
     used = sorted({int(n) for _, *maps in examples for values in maps for n in np.unique(values)} - {ignore_index})
     heights = [round(cell * image.shape[0] / image.shape[1]) for image, _, _ in examples]
+    used = used if class_names is not None else []
     footer = 12 + line * math.ceil(len(used) / names_a_line)
     width, height = 3 * cell + 4 * gap, header + sum(heights) + gap * len(heights) + footer
     figure = _new_figure(width, height)
-    for column, title in enumerate(("image", "truth", "prediction")):
+    for column, title in enumerate(titles):
         x = (gap + column * (cell + gap) + cell / 2) / width
         figure.text(x, 1 - header / 2 / height, title, fontsize=9, ha="center", va="center", color="0.3")
     top = header

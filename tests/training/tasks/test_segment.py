@@ -86,9 +86,8 @@ def recipe_of(folder, pretrained, head=LINEAR, training=None, model=None, **data
     """Five small images with maps to train and to test on."""
     data = {"class_names": NAMES} | data
     data |= {name: source_of(folder / f"{name}.parquet") for name in ("train", "test") if name not in data}
-    return write_task_recipe(
-        folder / "recipe.yaml", "segment", pretrained, data, training, head=head, model={"image_size": [32, 48]} | (model or {})
-    )
+    model = {"image_size": [32, 48]} | (model or {})
+    return write_task_recipe(folder / "recipe.yaml", "segment", pretrained, data, training, head=head, model=model)
 
 
 def prepared(*args, **kwargs):
@@ -238,11 +237,12 @@ def test_layers_are_spread_over_the_encoder():
 def test_a_linear_checkpoint_keeps_its_head(tmp_path, pretrained):
     run_task(recipe_of(tmp_path, pretrained))
     saved = load_file(tmp_path / "out" / "model.safetensors")
-    kept = put_head(load_encoder(str(tmp_path / "out"), "sdpa"), SegmentationHead("linear"), NAMES, 11, str(tmp_path / "out"))
+    checkpoint, head = str(tmp_path / "out"), SegmentationHead("linear")
+    kept = put_head(load_encoder(checkpoint, "sdpa"), head, NAMES, 11, checkpoint)
     for name in ("classifier.weight", "norm.running_mean"):
         assert torch.equal(kept.state_dict()[name], saved[name])
     with pytest.raises(RecipeError, match=r"has a head for 3 classes, but the data have 2; start from"):
-        put_head(load_encoder(str(tmp_path / "out"), "sdpa"), SegmentationHead("linear"), NAMES[:2], 11, str(tmp_path / "out"))
+        put_head(load_encoder(checkpoint, "sdpa"), head, NAMES[:2], 11, checkpoint)
 
 
 # Images with their maps
