@@ -55,7 +55,7 @@ class ImageSource:
         ignore_index: Value of the segment maps that belongs to no segment.
         objects_column: Column of boxes and their classes, for detection.
         group_column: Column of numbers that true matches share, for retrieval.
-        tag_column: Column of names by which retrieval figures are split.
+        tag_columns: Columns whose joined values name the kinds by which retrieval figures are split.
         max_images: Read only so many images: the first ones, or, of a stream with several shards, the first ones of
             each; the size of the set for "synthetic".
     """
@@ -73,7 +73,7 @@ class ImageSource:
     ignore_index: int | None = None
     objects_column: str | None = None
     group_column: str | None = None
-    tag_column: str | None = None
+    tag_columns: list[str] | None = None
     max_images: int | None = None
 
     def __post_init__(self):

@@ -4,7 +4,7 @@ A task is a module with a `SCHEMA` of its recipes, `prepare(recipe)`, where mist
 `execute(prepared)`, which does the work.
 """
 
-from modeling_ehm.training.tasks import classify, detect, low_shot, parts, pretrain, probe, segment
+from modeling_ehm.training.tasks import classify, detect, low_shot, parts, pretrain, probe, retrieve, segment
 
 TASKS = {
     "pretrain": pretrain,
@@ -13,5 +13,6 @@ TASKS = {
     "low_shot": low_shot,
     "segment": segment,
     "detect": detect,
+    "retrieve": retrieve,
     "parts": parts,
 }
