@@ -89,9 +89,14 @@ def nearest(database: Tensor, queries: Tensor, count: int, use_faiss: bool | Non
 
 
 def padded(tokens: list[Tensor]) -> tuple[Tensor, Tensor]:
-    """Token sets of any sizes `(T_j, K)` -> `(m, T, K)` with zeros behind, and which are true tokens, `(m, T)` bool."""
+    """Token sets of any sizes `(S_j, K)` -> `(m, S, K)`, and which of these are no padding, `(m, S)` bool.
+
+    Padding repeats a set's first token, so that a maximum over tokens needs no mask.
+    """
     lengths = torch.tensor([len(t) for t in tokens])
-    return torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True), torch.arange(lengths.max()) < lengths[:, None]
+    is_token = torch.arange(lengths.max()) < lengths[:, None]
+    stacked = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True)
+    return torch.where(is_token[..., None], stacked, stacked[:, :1]), is_token
 
 
 def local_similarity(query: Tensor, database: Tensor, is_token: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,14 +104,14 @@ def local_similarity(query: Tensor, database: Tensor, is_token: Tensor) -> tuple
 
     Args:
         query: `(T, K)`, tokens of unit length.
-        database: `(m, S, K)`, tokens of unit length, padded.
-        is_token: `(m, S)` bool, False for padding.
+        database: `(m, S, K)`, tokens of unit length, as `padded` stacks them.
+        is_token: `(m, S)` bool, as `padded` gives it.
 
     Returns:
         `(m,)` each: the mean, over the query's tokens, of the best cosine in the image; and the mean, over the image's
         tokens, of the best cosine in the query.
     """
     cosine = query @ database.transpose(1, 2)  # (m, T, S)
-    there = cosine.masked_fill(~is_token[:, None], -torch.inf).amax(2).mean(1)
+    there = cosine.amax(2).mean(1)
     back = (cosine.amax(1) * is_token).sum(1) / is_token.sum(1)
     return there, back
