@@ -6,8 +6,7 @@ import sys
 
 from huggingface_hub.errors import StrictDataclassError
 
-from modeling_ehm.training.recipes import load_recipe
-from modeling_ehm.training.tasks import TASKS
+from modeling_ehm.training.tasks import TASKS, load_recipe
 
 
 def main(arguments: list[str] | None = None) -> None:

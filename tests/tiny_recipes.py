@@ -10,8 +10,7 @@ import yaml
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 
-from modeling_ehm.training.recipes import load_recipe
-from modeling_ehm.training.tasks import TASKS
+from modeling_ehm.training.tasks import TASKS, load_recipe
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,6 +9,7 @@ import difflib
 import enum
 import types
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -54,8 +55,13 @@ class Recipe:
     source: str
 
 
-def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+def read_recipe(path: str | Path, overrides: Sequence[str], schemas: dict[str, Schema]) -> Recipe:
     """Read a recipe file and apply `section.key=value` overrides, whose values are YAML.
+
+    Args:
+        path: YAML file.
+        overrides: Each wins over the file.
+        schemas: What the sections of each task must fit.
 
     Raises:
         RecipeError: unreadable file, wrong YAML, unknown section or key, or a value of the wrong type.
@@ -67,7 +73,9 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     if unknown:
         raise RecipeError(f"{path}: unknown section {unknown[0]!r}{_suggest(unknown[0], SECTIONS)}; one of {SECTIONS}")
     task = sections.get("task", "pretrain")
-    schema = _schema_of(task)
+    if task not in list(schemas):
+        raise RecipeError(f"task={task!r} is not one of {', '.join(schemas)}")
+    schema = schemas[task]
     for name in ("model", "head", "data", "training"):
         if not isinstance(sections.setdefault(name, {}) or {}, dict):
             raise RecipeError(f"{path}: section {name!r} must hold keys and values, not {sections[name]!r}")
@@ -82,14 +90,6 @@ def load_recipe(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -
     head = None if schema.head is None else _build(schema.head, sections["head"], "head")
     data = _build(schema.data, sections["data"], "data")
     return Recipe(task, sections["model"], pretrained, head, data, sections["training"], str(path))
-
-
-def _schema_of(task) -> Schema:
-    from modeling_ehm.training.tasks import TASKS  # here: tasks import this module
-
-    if task not in list(TASKS):
-        raise RecipeError(f"task={task!r} is not one of {', '.join(TASKS)}")
-    return TASKS[task].SCHEMA
 
 
 def _read_yaml(path: Path) -> dict:

@@ -8,8 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-from modeling_ehm.training.recipes import load_recipe
-from modeling_ehm.training.tasks import pretrain
+from modeling_ehm.training.tasks import load_recipe, pretrain
 from modeling_ehm.training.trainer import EHMTrainer
 
 

@@ -10,8 +10,8 @@ from tiny_recipes import ROOT, write_recipe
 from modeling_ehm import EHMConfig
 from modeling_ehm.training.arguments import EHMTrainingArguments
 from modeling_ehm.training.data import ImageSource, find_image_column, open_source
-from modeling_ehm.training.recipes import RecipeError, load_recipe
-from modeling_ehm.training.tasks import TASKS
+from modeling_ehm.training.recipes import RecipeError
+from modeling_ehm.training.tasks import TASKS, load_recipe
 
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 

@@ -30,8 +30,7 @@ from modeling_ehm import EHMConfig, EHMForPreTraining, EHMModel
 from modeling_ehm.training import ProgressCallback
 from modeling_ehm.training.arguments import EHMTrainingArguments
 from modeling_ehm.training.data import NormalizingCollator
-from modeling_ehm.training.recipes import load_recipe
-from modeling_ehm.training.tasks import pretrain
+from modeling_ehm.training.tasks import load_recipe, pretrain
 from modeling_ehm.training.trainer import EHMTrainer
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -4,6 +4,10 @@ A task is a module with a `SCHEMA` of its recipes, `prepare(recipe)`, where mist
 `execute(prepared)`, which does the work.
 """
 
+from collections.abc import Sequence
+from pathlib import Path
+
+from modeling_ehm.training.recipes import Recipe, read_recipe
 from modeling_ehm.training.tasks import classify, detect, low_shot, parts, pretrain, probe, retrieve, segment
 
 TASKS = {
@@ -16,3 +20,8 @@ TASKS = {
     "retrieve": retrieve,
     "parts": parts,
 }
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe of any task, as `recipes.read_recipe` does."""
+    return read_recipe(path, overrides, {name: task.SCHEMA for name, task in TASKS.items()})

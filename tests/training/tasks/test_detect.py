@@ -13,9 +13,9 @@ from tiny_recipes import encode, losses_of, run_task, write_task_recipe
 from transformers import AutoModelForObjectDetection, pipeline
 
 from modeling_ehm import EHMBackbone, EHMModel
-from modeling_ehm.training.recipes import RecipeError, load_recipe
+from modeling_ehm.training.recipes import RecipeError
 from modeling_ehm.training.task_trainer import find_encoder
-from modeling_ehm.training.tasks import detect
+from modeling_ehm.training.tasks import detect, load_recipe
 from modeling_ehm.training.tasks.detect import crop_boxes, parts_of, size_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -13,8 +13,7 @@ from tiny_recipes import SYNTHETIC, encode, run_task, write_parquet, write_task_
 from modeling_ehm import EHMModel
 from modeling_ehm.training.data import IMAGENET_MEAN, IMAGENET_STD, ImageSource, Normalizer, load_labelled
 from modeling_ehm.training.metrics import hierarchy_accuracy, patch_segments, reference_partition_accuracy
-from modeling_ehm.training.recipes import load_recipe
-from modeling_ehm.training.tasks import parts
+from modeling_ehm.training.tasks import load_recipe, parts
 from modeling_ehm.training.tasks.parts import as_pixels
 
 pytestmark = pytest.mark.usefixtures("own_cache")

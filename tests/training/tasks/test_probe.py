@@ -15,8 +15,8 @@ from modeling_ehm.training import features
 from modeling_ehm.training.data import ImageSource
 from modeling_ehm.training.features import fingerprint, frozen_features
 from modeling_ehm.training.labelled import LabelledRows, image_processor
-from modeling_ehm.training.recipes import RecipeError, load_recipe
-from modeling_ehm.training.tasks import low_shot
+from modeling_ehm.training.recipes import RecipeError
+from modeling_ehm.training.tasks import load_recipe, low_shot
 from modeling_ehm.training.tasks.low_shot import draw_rows, scaled
 from modeling_ehm.training.tasks.probe import AttentiveProbe, LinearProbe, ProbeHead, Probes
 

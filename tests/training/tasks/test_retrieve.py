@@ -10,8 +10,8 @@ from tiny_recipes import encode, run_task, write_parquet, write_task_recipe
 
 from modeling_ehm import EHMModel
 from modeling_ehm.training.metrics import retrieval_scores
-from modeling_ehm.training.recipes import RecipeError, load_recipe
-from modeling_ehm.training.tasks import retrieve
+from modeling_ehm.training.recipes import RecipeError
+from modeling_ehm.training.tasks import load_recipe, retrieve
 from modeling_ehm.training.tasks.retrieve import at_scale, rank, tags_of
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -31,8 +31,8 @@ from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import random_resized_crop
 from modeling_ehm.training.labelled import resized
 from modeling_ehm.training.pictures import render_segmentation
-from modeling_ehm.training.recipes import RecipeError, load_recipe
-from modeling_ehm.training.tasks import segment
+from modeling_ehm.training.recipes import RecipeError
+from modeling_ehm.training.tasks import load_recipe, segment
 from modeling_ehm.training.tasks.segment import (
     Augmentation,
     SegmentationData,
