@@ -34,26 +34,35 @@ from modeling_ehm.training.recipes import RecipeError
 DRAWS = 128  # numbers in [0, 1) that each training example is made with
 
 
-@dataclass
-class LabelledData:
-    """The `data` section that downstream tasks share.
+@dataclass(kw_only=True)
+class ImageData:
+    """What the `data` sections of all downstream tasks share.
 
     Attributes:
-        train: Labelled images to learn from.
-        test: Labelled images to judge by.
         image_mean: Mean of each channel on the scale 0 to 1, one number a channel; that of the pre-training.
         image_std: Standard deviation of each channel.
         max_pixels: Larger images are refused (decompression bombs).
     """
 
-    train: ImageSource
-    test: ImageSource
     image_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
     image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
     max_pixels: int = 178_956_970
 
     def __post_init__(self):
         check_normalization(self.image_mean, self.image_std)
+
+
+@dataclass(kw_only=True)
+class LabelledData(ImageData):
+    """The `data` section of tasks that learn from labels; other fields: see `ImageData`.
+
+    Attributes:
+        train: Labelled images to learn from.
+        test: Labelled images to judge by.
+    """
+
+    train: ImageSource
+    test: ImageSource
 
 
 class LabelledRows:
@@ -65,7 +74,7 @@ class LabelledRows:
             example `{"label": source.label_column}`.
         image_size: (height, width) of the embedded synthetic images.
         num_channels: Channels to decode to.
-        max_pixels: As in `LabelledData`.
+        max_pixels: As in `ImageData`.
 
     Attributes:
         features: `datasets` feature of each column, by canonical name.
@@ -244,8 +253,8 @@ def image_processor(
 
     Args:
         config: Says size and channels.
-        image_mean: As in `LabelledData`.
-        image_std: As in `LabelledData`.
+        image_mean: As in `ImageData`.
+        image_std: As in `ImageData`.
         crop_pct: 1 resizes the image to the native size; below, its shorter side becomes native / crop_pct, and the
             centre is cut out.
     """

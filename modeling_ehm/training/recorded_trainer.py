@@ -26,6 +26,18 @@ class RecordedTrainer(Trainer):
         self.failed_pushes: list[str] = []
         self.resume_from: str | None = None
 
+    def announce(self) -> None:
+        """Write the run's record and log what is about to happen; on the main process."""
+        if not self.is_world_process_zero():
+            return
+        self.run.save()
+        if self.resume_from is not None:
+            logger.info("resuming from %s", self.resume_from)
+        args = self.args
+        logger.info(
+            "%d images a step, learning rate %.3g, %d steps", args.images_per_step, args.learning_rate, args.max_steps
+        )
+
     @property
     def bare_model(self) -> PreTrainedModel:
         """The model without wrappers."""

@@ -71,13 +71,7 @@ def build_trainer(
 def execute(trainer: TaskTrainer) -> dict[str, float]:
     """Train, evaluate, save, push; returns the figures of the last evaluation by name."""
     args = trainer.args
-    if trainer.is_world_process_zero():
-        trainer.run.save()
-        if trainer.resume_from is not None:
-            logger.info("resuming from %s", trainer.resume_from)
-        logger.info(
-            "%d images a step, learning rate %.3g, %d steps", args.images_per_step, args.learning_rate, args.max_steps
-        )
+    trainer.announce()
     trained = trainer.train(resume_from_checkpoint=trainer.resume_from)
     evaluated = trainer.evaluate()
     figures = {key[5:]: value for key, value in evaluated.items() if is_figure(key)}

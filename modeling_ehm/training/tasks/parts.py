@@ -5,7 +5,7 @@ Which affinity and linkage build the trees, the `model` section says: `affinity`
 
 import importlib.util
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,39 +18,27 @@ from modeling_ehm.training import metrics, pictures
 from modeling_ehm.training.arguments import TaskTrainingArguments
 from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ImageSource,
     Normalizer,
-    check_normalization,
     load_labelled,
 )
 from modeling_ehm.training.evaluation import HierarchyEvaluator, to_model
-from modeling_ehm.training.labelled import check_channels
+from modeling_ehm.training.labelled import ImageData, check_channels
 from modeling_ehm.training.recipes import Recipe, Schema
 from modeling_ehm.training.tasks import finetuning
 
 SHOWN = 4  # images of the picture
 
 
-@dataclass
-class PartsData:
-    """The `data` section.
+@dataclass(kw_only=True)
+class PartsData(ImageData):
+    """The `data` section; other fields: see `ImageData`.
 
     Attributes:
         images: Images with segment maps: `segments_column`, and `ignore_index` if some pixels belong to no segment.
-        image_mean: Mean of each channel on the scale 0 to 1, one number a channel; that of the pre-training.
-        image_std: Standard deviation of each channel.
-        max_pixels: Larger images are refused (decompression bombs).
     """
 
     images: ImageSource
-    image_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
-    image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
-    max_pixels: int = 178_956_970
-
-    def __post_init__(self):
-        check_normalization(self.image_mean, self.image_std)
 
 
 SCHEMA = Schema(PartsData, TaskTrainingArguments)

@@ -85,13 +85,7 @@ def prepare(recipe: Recipe) -> EHMTrainer:
 def execute(trainer: EHMTrainer) -> dict[str, float]:
     """Train, evaluate, save, push; returns the last evaluation's figures."""
     args = trainer.args
-    if trainer.is_world_process_zero():
-        trainer.run.save()
-        if trainer.resume_from is not None:
-            logger.info("resuming from %s", trainer.resume_from)
-        logger.info(
-            "%d images a step, learning rate %.3g, %d steps", args.images_per_step, args.learning_rate, args.max_steps
-        )
+    trainer.announce()
     try:
         trainer.train(resume_from_checkpoint=trainer.resume_from)
     finally:
