@@ -1,0 +1,98 @@
+"""The table of downstream tasks: figures where they belong, and nothing run twice."""
+
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from tiny_recipes import ROOT
+
+from modeling_ehm.training.tasks import TASKS
+
+SPEC = importlib.util.spec_from_file_location("downstream", ROOT / "benchmarks" / "downstream.py")
+downstream = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(downstream)
+
+
+def results(top1, seconds=60.0, **more):
+    figures = {"top1": top1, "top5": 90.0, "loss": 1.5} | more
+    return {"figures": figures, "references": {"top1": 20.1}, "steps": 10, "wall_seconds": seconds}
+
+
+TABLE = {
+    "classify/tin40": {
+        "EHM": [results(50.0), results(54.0)],
+        "MAE": [results(51.0), results(51.0)],
+        "untrained": [results(30.0, 120.0), results(30.0, 60.0)],
+    }
+}
+COLUMNS = ["EHM", "MAE", "untrained"]
+
+
+def test_headlines_and_other_figures_are_two_tables():
+    """Columns from untrained to EHM, means and deviations over seeds, and the difference of the first two."""
+    lines = downstream.as_markdown(TABLE, COLUMNS, headline=True).splitlines()
+    assert lines[0] == "| recipe | figure | reference | untrained | MAE | EHM | EHM less MAE |"
+    row = "| classify/tin40 | top1 | 20.10 | 30.00 ± 0.00 | 51.00 ± 0.00 | 52.00 ± 2.83 | +1.00 |"
+    assert lines[2] == row and "| top5 |  | 90.00" in lines[3] and len(lines) == 4
+    others = downstream.as_markdown(TABLE, COLUMNS, headline=False).splitlines()
+    assert len(others) == 3 and others[2].startswith("| classify/tin40 | loss |")
+
+
+def test_times_are_minutes():
+    last = downstream.times_table(TABLE, COLUMNS).splitlines()[-1]
+    assert last == "| classify/tin40 | 10 | 1.5 | 1.0 | 1.0 |"
+
+
+def test_every_recipe_of_the_table_exists_and_every_task_has_headlines():
+    assert all((ROOT / "configs" / f"{recipe}.yaml").exists() for recipe in downstream.RECIPES)
+    assert {recipe.split("/")[0] for recipe in downstream.RECIPES} == set(downstream.HEADLINES)
+    assert set(downstream.HEADLINES) == set(TASKS) - {"pretrain"}
+
+
+@pytest.mark.parametrize(
+    "task, name, expected",
+    [
+        ("low_shot", "frozen_5_shot", True),
+        ("low_shot", "frozen_5_shot_sd", False),
+        ("retrieve", "map_crop60", True),
+        ("retrieve", "map_jpeg5", False),
+        ("detect", "ap_RBC", False),
+    ],
+)
+def test_what_is_a_headline(task, name, expected):
+    assert downstream.is_headline(task, name) is expected
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
+    """The same recipe, weights, seed and overrides read the results; another seed or weights run anew."""
+    (tmp_path / "checkpoint").mkdir()
+    weights = tmp_path / "checkpoint" / "model.safetensors"
+    weights.write_bytes(b"weights")
+    commands = []
+
+    def run(command, **kwargs):
+        commands.append(command)
+        folder = Path(next(c for c in command if c.startswith("training.output_dir=")).partition("=")[2])
+        (folder / "results.json").write_text(json.dumps({"pretrained": str(tmp_path), "figures": {"top1": 1.0}}))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(downstream.subprocess, "run", run)
+    arguments = "classify/tin40", tmp_path / "checkpoint"
+    first = downstream.run_one(*arguments, 0, tmp_path / "out", [])
+    assert downstream.run_one(*arguments, 0, tmp_path / "out", []) == first and len(commands) == 1
+    assert "pretrained" not in first and first["wall_seconds"] >= 0
+    assert f"model.pretrained={tmp_path / 'checkpoint'}" in commands[0] and "training.seed=0" in commands[0]
+    downstream.run_one(*arguments, 1, tmp_path / "out", [])
+    downstream.run_one(*arguments, 1, tmp_path / "out", ["training.max_steps=2"])
+    weights.write_bytes(b"others")
+    downstream.run_one(*arguments, 1, tmp_path / "out", ["training.max_steps=2"])
+    assert len(commands) == 4
+
+
+def test_a_failed_run_names_its_log(tmp_path, monkeypatch):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    monkeypatch.setattr(downstream.subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1))
+    with pytest.raises(RuntimeError, match=r"classify/tin40 from .* failed; see .*log.txt"):
+        downstream.run_one("classify/tin40", tmp_path, 0, tmp_path / "out", [])
