@@ -22,14 +22,11 @@ from modeling_ehm.training import descriptors
 from modeling_ehm.training.arguments import TaskTrainingArguments
 from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ImageSource,
     Normalizer,
-    check_normalization,
     to_uint8_tensor,
 )
-from modeling_ehm.training.labelled import LabelledRows, check_channels, resized
+from modeling_ehm.training.labelled import ImageData, LabelledRows, check_channels, resized
 from modeling_ehm.training.metrics import retrieval_scores
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.tasks import finetuning
@@ -38,26 +35,17 @@ POOLINGS = ("mean", "gem", "cls")
 THUMBNAIL = (16, 16)  # of the reference
 
 
-@dataclass
-class RetrievalData:
-    """The `data` section.
+@dataclass(kw_only=True)
+class RetrievalData(ImageData):
+    """The `data` section; other fields: see `ImageData`.
 
     Attributes:
         database: Images to search. `group_column` holds a number that an image shares with its altered copies.
         query: Images to search for; `group_column`, and `tag_columns` by whose values the figures are split.
-        image_mean: Mean of each channel on the scale 0 to 1, one number a channel; that of the pre-training.
-        image_std: Standard deviation of each channel.
-        max_pixels: Larger images are refused (decompression bombs).
     """
 
     database: ImageSource
     query: ImageSource
-    image_mean: list[float] = field(default_factory=lambda: list(IMAGENET_MEAN))
-    image_std: list[float] = field(default_factory=lambda: list(IMAGENET_STD))
-    max_pixels: int = 178_956_970
-
-    def __post_init__(self):
-        check_normalization(self.image_mean, self.image_std)
 
 
 @dataclass
@@ -68,7 +56,8 @@ class Descriptor:
         pooling: "mean", "gem" or "cls", of the first ranking.
         gem_p: Power of "gem".
         layer: Whose output is read, counted from 1; 0 the patch embeddings, negative from the end; -1 the last.
-        shrinkage: Of the PCA whitening that is learnt on the database; null leaves descriptors as they are.
+        shrinkage: Of a PCA whitening of pooled descriptors, learnt on the database; null leaves them as they are.
+        local_shrinkage: The same of the patches' features, which are always whitened.
         rerank: So many of the first ranking are ranked again by their patches; 0 for none.
         local_dims: Dimensions of whitened patch features; null keeps all.
         scales: Sizes at which patches of database images are looked for, as shares of their own.
@@ -78,7 +67,8 @@ class Descriptor:
     pooling: str = "mean"
     gem_p: float = 3.0
     layer: int = -1
-    shrinkage: float | None = 0.01
+    shrinkage: float | None = None
+    local_shrinkage: float = 0.1
     rerank: int = 100
     local_dims: int | None = 64
     scales: list[float] = field(default_factory=lambda: [1.0, 0.5])
@@ -89,8 +79,9 @@ class Descriptor:
             raise ValueError(f"head.pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}")
         if self.gem_p <= 0:
             raise ValueError(f"head.gem_p={self.gem_p} must be positive; 3 is usual")
-        if self.shrinkage is not None and not 0 <= self.shrinkage <= 1:
-            raise ValueError(f"head.shrinkage={self.shrinkage} must lie in [0, 1], or be null for no whitening")
+        for name in ("shrinkage", "local_shrinkage"):
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"head.{name}={getattr(self, name)} must lie in [0, 1]")
         if not self.scales or min(self.scales) <= 0 or self.scales[0] != 1:
             raise ValueError(f"head.scales={self.scales} must be positive, and 1 the first")
         for name, low in (("rerank", 0), ("local_dims", 1), ("max_side", 1)):
@@ -190,9 +181,8 @@ def rank(task: RetrievalTask) -> Tensor:
             fitted = descriptors.fit_whitening(pooled, head.shrinkage)
         if keep_local:
             tokens = torch.cat([image[0].float() for image in local])
-            shrinkage = 0.0 if head.shrinkage is None else head.shrinkage
             kept = min(head.local_dims or encoder.config.hidden_size, encoder.config.hidden_size)
-            local_fitted = descriptors.fit_whitening(tokens, shrinkage, kept)
+            local_fitted = descriptors.fit_whitening(tokens, head.local_shrinkage, kept)
             del tokens
         query_pooled, query_local = describe(task, "query", [1.0], keep_local, bar, local_fitted)
     pooled, query_pooled = (
