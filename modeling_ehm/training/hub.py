@@ -34,6 +34,7 @@ TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TASK_TEMPLATE = Path(__file__).with_name("task_card_template.md")
 PIPELINES = {  # of the Hub, by task
     "classify": "image-classification",
+    "probe": "image-classification",
     "segment": "image-segmentation",
     "detect": "object-detection",
 }

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import TrainerState
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import ModelOutput
 
@@ -22,6 +23,7 @@ from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import keyed_order, to_uint8_tensor
 from modeling_ehm.training.evaluation import pixel_features
 from modeling_ehm.training.features import frozen_features
+from modeling_ehm.training.hub import RunRecord, task_card
 from modeling_ehm.training.labelled import (
     EvaluationImages,
     LabelledData,
@@ -37,7 +39,7 @@ from modeling_ehm.training.metrics import knn_accuracy, top_k_accuracy
 from modeling_ehm.training.recipes import Recipe, Schema
 from modeling_ehm.training.recorded_trainer import RecordedTrainer
 from modeling_ehm.training.tasks import finetuning
-from modeling_ehm.training.tasks.classify import put_classifier
+from modeling_ehm.training.tasks.classify import USAGE, put_classifier
 
 PROBES = ("knn", "linear", "attentive")
 HELD_OUT_PART = 1  # of `keyed_order`; part 0 is the order of training examples
@@ -250,19 +252,27 @@ def execute(task: ProbeTask) -> dict[str, float]:
         train, test = ((np.array(features[n][config.pooling]), labels[n]) for n in ("train", "test"))
         figures["knn"] = 100 * knn_accuracy(*train, *test, k=head.k, temperature=head.temperature)
     if head.trained:
-        trained, more, best = train_probes(task, features, labels, run)
+        trained, more, best = train_probes(task, features, labels)
         figures |= trained
         if "linear" in best and args.should_save:
             model = put_classifier(task.encoder, task.names, None)
             model.classifier.load_state_dict(best["linear"].cpu().folded())
             model.save_pretrained(args.output_dir)
             processor.save_pretrained(args.output_dir)
+            write_card(run, figures, more["steps"])
     if args.process_index == 0:
         finetuning.report(run, figures, more)
     return figures
 
 
-def train_probes(task: ProbeTask, features: dict, labels: dict, run) -> tuple[dict, dict, dict[str, nn.Module]]:
+def write_card(run: RunRecord, figures: dict[str, float], steps: int) -> None:
+    """Model card of the saved classifier, in the output folder."""
+    folder, evaluated = Path(run.folder), {f"eval_{name}": value for name, value in figures.items()}
+    state = TrainerState(global_step=steps, max_steps=steps, log_history=[evaluated])
+    (folder / "README.md").write_text(task_card(run, state, folder, USAGE))
+
+
+def train_probes(task: ProbeTask, features: dict, labels: dict) -> tuple[dict, dict, dict[str, nn.Module]]:
     """Figures of the trained probes, steps and seconds, and the chosen probe of each kind."""
     args, head, config = task.args, task.recipe.head, task.encoder.config
     order = keyed_order(args.seed, 0, HELD_OUT_PART, len(labels["train"]))

@@ -112,6 +112,8 @@ def test_all_probes_on_images_that_any_encoder_tells_apart(tmp_path, pretrained,
     assert figures["knn"] == figures["linear"] == figures["attentive"] == 100
     results = json.loads((tmp_path / "run" / "out" / "results.json").read_text())
     assert results["references"]["knn"] == 100 and results["steps"] == 60
+    card = (tmp_path / "run" / "out" / "README.md").read_text()
+    assert "pipeline_tag: image-classification" in card and "| knn | 100.0000 |" in card
     classify = pipeline("image-classification", model=str(tmp_path / "run" / "out"))
 
     answers = [classify(Image.new("RGB", (32, 32), colour))[0]["label"] for colour in ("#d03030", "#30d030", "#3030d0")]
