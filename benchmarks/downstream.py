@@ -2,9 +2,10 @@
 
     python benchmarks/downstream.py docs/results/downstream EHM=outputs/tin64_ehm MAE=outputs/tin64_random
 
-Adds a column "untrained": random weights of the first checkpoint's architecture. Writes OUT_STEM.tables.md and
-OUT_STEM.json (all figures). Runs that are finished in the work folder are not run again, so the command can be stopped
-and started; a changed recipe or checkpoint runs anew. The recipes name their data below `data/`.
+Adds a column "untrained": random weights of the first checkpoint's architecture. Writes OUT_STEM.json (all figures)
+and the tables into OUT_STEM.md, between two marks: what stands before and after them there is kept. Runs that are
+finished in the work folder are not run again, so the command can be stopped and started; a changed recipe or checkpoint
+runs anew. The recipes name their data below `data/`.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,6 +31,7 @@ from modeling_ehm import EHMConfig, EHMForPreTraining
 from modeling_ehm.training.hub import sha256_of
 
 ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- tables: written by benchmarks/downstream.py -->", "<!-- end of tables -->"
 RECIPES = (  # the order of the table
     "classify/tin40",
     "probe/tin40",
@@ -49,13 +52,23 @@ HEADLINES = {  # figures of the first table, by task; the others are in the seco
     "low_shot": ("frozen_*_shot", "fine_tuned_*_shot"),
     "segment": ("mean_iou", "pixel_accuracy"),
     "detect": ("ap", "ap50"),
-    "retrieve": ("map", "recall_at_1", "map_crop*", "map_rotate*", "map_paste*"),
+    "retrieve": (
+        "map",
+        "recall_at_1",
+        "map_crop[678]0",
+        "map_rotate_fill",
+        "map_noise_flip",
+        "map_paste_partial",
+        "map_paste_small",
+    ),
     "parts": ("ari", "iou"),
 }
 
 
-def make_untrained(config: EHMConfig, folder: Path, seed: int) -> Path:
-    """A checkpoint with random weights."""
+def make_untrained(config: EHMConfig, work: Path, seed: int) -> Path:
+    """A checkpoint with random weights, in a folder named after the architecture."""
+    fields = config.to_json_string(use_diff=False)
+    folder = work / f"untrained-checkpoint-{hashlib.sha256(fields.encode()).hexdigest()[:8]}"
     if not (folder / "model.safetensors").exists():
         set_seed(seed)
         EHMForPreTraining(config).save_pretrained(folder)
@@ -70,10 +83,14 @@ def run_one(recipe: str, checkpoint: Path, seed: int, folder: Path, overrides: l
     done = folder / "done.json"
     if done.exists() and (kept := json.loads(done.read_text()))["key"] == key.hexdigest():
         return kept["results"]
+    begun = folder / "key.txt"
+    if folder.exists() and not (begun.exists() and begun.read_text() == key.hexdigest()):
+        shutil.rmtree(folder)  # else the new run would go on from the old one's checkpoints
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(key.hexdigest())
     command = [sys.executable, ROOT / "train_ehm.py", path, f"model.pretrained={checkpoint}"]
     command += [f"training.output_dir={folder}", f"training.seed={seed}", "training.disable_tqdm=true", *overrides]
     started = time.perf_counter()
-    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "log.txt", "w") as log:
         ended = subprocess.run([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT, env=os.environ)
     if ended.returncode != 0:
@@ -146,6 +163,12 @@ def _cpu_info() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def write_tables(path: Path, text: str) -> None:
+    """Put the tables between the marks of a Markdown file, which is made if there is none."""
+    before, after = (path.read_text() if path.exists() else f"{BEGIN}\n{END}\n").split(BEGIN)
+    path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after.partition(END)[2]}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_stem", type=Path)
@@ -158,7 +181,7 @@ def main() -> None:
     options = parser.parse_args()
     checkpoints = {name: Path(folder) for name, _, folder in (c.partition("=") for c in options.checkpoints)}
     config = EHMConfig.from_pretrained(next(iter(checkpoints.values())))
-    checkpoints["untrained"] = make_untrained(config, options.work / "untrained-checkpoint", seed=0)
+    checkpoints["untrained"] = make_untrained(config, options.work, seed=0)
     jobs = {
         (recipe, column, seed): options.work / column / recipe.replace("/", "-") / f"seed-{seed}"
         for recipe in options.recipes
@@ -200,8 +223,8 @@ All other figures:
 
 {as_markdown(tables, columns, headline=False)}
 """
-    options.out_stem.with_suffix(".tables.md").write_text(text)
-    print(f"wrote {options.out_stem}.tables.md and .json")
+    write_tables(options.out_stem.with_suffix(".md"), text)
+    print(f"wrote {options.out_stem}.md and .json")
     if failures:
         sys.exit(f"{len(failures)} runs failed")
 

@@ -125,6 +125,10 @@ def write_task_recipe(path: Path, task: str, pretrained: Path | None, data: dict
         | (training or {}),
         **sections,
     }
+    if task in ("retrieve", "parts"):  # nothing is trained
+        for name in ("max_steps", "global_batch_size", "learning_rate"):
+            if name not in (training or {}):
+                del recipe["training"][name]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(recipe))
     return path

@@ -130,4 +130,15 @@ class TaskTrainingArguments(ImageTrainingArguments):
             raise ValueError(
                 f"training.weight_average_decay={self.weight_average_decay} must lie in [0, 1), or be null for none"
             )
+        if self.weight_average_decay is not None:
+            if self.load_best_model_at_end:
+                raise ValueError(
+                    "training.load_best_model_at_end=True goes back to an earlier step, but the average of"
+                    " training.weight_average_decay goes on to the last; leave one of them out"
+                )
+            if self.push_to_hub and self.hub_strategy == "every_save":
+                raise ValueError(
+                    "training.hub_strategy='every_save' would push the weights in training beside figures of the"
+                    " average of training.weight_average_decay; set hub_strategy to end"
+                )
         super().__post_init__()

@@ -23,7 +23,9 @@ def fingerprint(encoder: EHMModel, rows: LabelledRows, processor: BaseImageProce
     for name, weight in sorted(encoder.state_dict().items()):
         digest.update(name.encode())
         digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
-    described = [encoder.config.patch_size, encoder.config.num_attention_heads, str(dtype), rows.num_channels]
+    named = ("architectures", "id2label", "label2id")  # of heads, which features do not depend on
+    config = {name: value for name, value in encoder.config.to_dict().items() if name not in named}
+    described = [config, str(dtype), rows.num_channels]
     digest.update(json.dumps([rows.dataset._fingerprint, processor.to_dict(), described], default=str).encode())
     return digest.hexdigest()[:16]
 

@@ -165,7 +165,10 @@ def is_figure(key: str) -> bool:
 def _name_of_start(run: RunRecord) -> str:
     """Name of the checkpoint a task started from, without folders of the machine."""
     start = run.model.get("pretrained")
-    return "random weights" if start is None else f"`{Path(start).name if Path(start).is_dir() else start}`"
+    if start is None:
+        return "random weights"
+    is_hub_id = start.count("/") == 1 and start[0] not in "./~" and not Path(start).is_dir()
+    return f"`{start if is_hub_id else Path(start).name}`"
 
 
 def _describe_starts(run: RunRecord) -> str:
@@ -187,7 +190,8 @@ def _hashes(folder: Path) -> str:
 
 def _describe_settings(run: RunRecord) -> str:
     """The recipe's sections as YAML, without folders of the machine."""
-    training = {key: value for key, value in run.training.items() if not key.endswith("_dir")}
+    folders = ("resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config")
+    training = {k: v for k, v in run.training.items() if not k.endswith("_dir") and k not in folders}
     model = {key: value for key, value in run.model.items() if key != "pretrained"}
     return yaml.safe_dump({"model": model, "data": run.augmentation, "training": training}, sort_keys=False).rstrip()
 

@@ -7,6 +7,7 @@ workers and interruptions change nothing; see `data.py`.
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 import numpy as np
 import torch
@@ -104,6 +105,8 @@ class LabelledRows:
         if len(dataset) == 0:
             raise ValueError(f"{source.path}, split {source.split!r}, holds no images")
         image_column = find_image_column(dataset, source)
+        if len(set(columns.values())) < len(columns):
+            raise ValueError(f"{source.path}: a column is named for two purposes, {columns}; each needs its own")
         for name, column in columns.items():
             if column == image_column:
                 raise ValueError(f"{source.path}: {name}_column={column!r} is the column of the images; name another")
@@ -209,13 +212,25 @@ def class_names(rows: LabelledRows) -> list[str]:
     return list(names)
 
 
-def check_labels(rows: LabelledRows, num_labels: int) -> None:
-    """Raise a ValueError that names the first row whose `label` is not in [0, num_labels)."""
+def check_labels(rows: LabelledRows, num_labels: int, names: list[str] | None = None) -> None:
+    """Raise a ValueError that names the first row whose `label` is not in [0, num_labels), or other class names."""
+    if names is not None and isinstance(rows.features["label"], ClassLabel):
+        check_same_classes(names, rows.features["label"].names, rows.source)
     for row, label in enumerate(rows.column("label")):
         if not isinstance(label, int) or not 0 <= label < num_labels:
             raise ValueError(
                 f"{rows.source.path}: row {row} has label {label!r}, not a class in [0, {num_labels - 1}]; correct the"
                 " data, or give training and test sets the same classes"
+            )
+
+
+def check_same_classes(train: list[str], test: list[str], source: ImageSource) -> None:
+    """Raise a ValueError if training and test set name their classes differently; numbers would mean other things."""
+    for number, (one, other) in enumerate(zip_longest(train, test)):
+        if one != other:
+            raise ValueError(
+                f"{source.path}: class {number} of the test set is {other!r}, that of the training set {one!r}; give"
+                " both the same classes in the same order"
             )
 
 

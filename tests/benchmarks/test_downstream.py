@@ -75,6 +75,8 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
     def run(command, **kwargs):
         commands.append(command)
         folder = Path(next(c for c in command if c.startswith("training.output_dir=")).partition("=")[2])
+        assert not (folder / "checkpoint-9").exists()  # of a run with another key, from which this one would go on
+        (folder / "checkpoint-9").mkdir()
         (folder / "results.json").write_text(json.dumps({"pretrained": str(tmp_path), "figures": {"top1": 1.0}}))
         return subprocess.CompletedProcess(command, 0)
 
@@ -89,6 +91,25 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
     weights.write_bytes(b"others")
     downstream.run_one(*arguments, 1, tmp_path / "out", ["training.max_steps=2"])
     assert len(commands) == 4
+
+
+def test_untrained_weights_are_of_the_architecture(tmp_path, make_config):
+    """Another architecture is another folder; the same one is made once."""
+    one, other = (downstream.make_untrained(make_config(hidden_size=width), tmp_path, 0) for width in (64, 32))
+    assert one != other and one.is_dir() and other.is_dir()
+    before = (one / "model.safetensors").stat().st_mtime_ns
+    assert downstream.make_untrained(make_config(), tmp_path, 0) == one
+    assert (one / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_tables_are_put_between_their_marks(tmp_path):
+    path = tmp_path / "table.md"
+    downstream.write_tables(path, "first")
+    path.write_text(f"# Title\n\n{path.read_text()}\nWhat we read from it.\n")
+    downstream.write_tables(path, "second")
+    text = path.read_text()
+    assert text.startswith("# Title") and text.endswith("What we read from it.\n")
+    assert "second" in text and "first" not in text and text.count(downstream.BEGIN) == 1
 
 
 def test_a_failed_run_names_its_log(tmp_path, monkeypatch):

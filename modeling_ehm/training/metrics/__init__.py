@@ -15,10 +15,9 @@ from modeling_ehm.training.metrics.pretraining import (
 )
 from modeling_ehm.training.metrics.retrieval import average_precision, retrieval_scores
 from modeling_ehm.training.metrics.segmentation import confusion_matrix, segmentation_scores
-from modeling_ehm.training.metrics.wrappers import BatchSegmentationScores, as_evaluate_metric
+from modeling_ehm.training.metrics.wrappers import as_evaluate_metric
 
 __all__ = [
-    "BatchSegmentationScores",
     "as_evaluate_metric",
     "average_precision",
     "block_labels",

@@ -12,9 +12,7 @@ from collections.abc import Iterator, Mapping
 import datasets
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from transformers import EvalPrediction
 
 from modeling_ehm.hierarchy_ehm import PatchHierarchy
 from modeling_ehm.training.metrics.classification import top_k_accuracy
@@ -172,36 +170,4 @@ METRICS = {
 }
 
 
-class BatchSegmentationScores:
-    """`compute_metrics` of a `Trainer` with `batch_eval_metrics=True`: segmentation without keeping all logits.
-
-    Each batch is turned into `(L, L)` counts at once. Logits `(B, L, h, w)` are resized bilinearly to the true maps
-    `(B, H, W)` before the argmax, as transformers' `post_process_semantic_segmentation` does. In several processes the
-    batches must be of one size: the Trainer fills up what is smaller with -100, which is no class.
-
-    Attributes:
-        scores: The dict of `segmentation_scores` of the last finished evaluation, with `iou_per_class`; None before.
-    """
-
-    def __init__(self, num_labels: int, ignore_index: int | None = None):
-        """
-        Args:
-            num_labels: L.
-            ignore_index: True class of the pixels that do not count.
-        """
-        self.num_labels, self.ignore_index = num_labels, ignore_index
-        self.scores = None
-        self._confusion = 0
-
-    def __call__(self, evaluation: EvalPrediction, compute_result: bool) -> dict[str, float]:
-        """Count a batch; at the last one, `compute_result`, also return the figures that are one number each."""
-        logits, references = torch.as_tensor(evaluation.predictions), torch.as_tensor(evaluation.label_ids)
-        logits = F.interpolate(logits.float(), size=references.shape[-2:], mode="bilinear", align_corners=False)
-        self._confusion += confusion_matrix(logits.argmax(1), references, self.num_labels, self.ignore_index)
-        if not compute_result:
-            return {}
-        self.scores, self._confusion = segmentation_scores(self._confusion), 0
-        return {name: score for name, score in self.scores.items() if isinstance(score, float)}
-
-
-__all__ = ["BatchSegmentationScores", "as_evaluate_metric"]
+__all__ = ["as_evaluate_metric"]

@@ -16,6 +16,7 @@ from modeling_ehm.training.arguments import TaskTrainingArguments
 from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import check_crops, random_resized_crop, to_uint8_tensor
 from modeling_ehm.training.labelled import (
+    DRAWS,
     EvaluationImages,
     KeyedExamples,
     LabelledData,
@@ -72,11 +73,11 @@ class ClassificationData(LabelledData):
         super().__post_init__()
         check_crops(self.crop_scale, self.crop_ratio)
         ranges = {
-            "rand_augment_ops": (0, float("inf")),
+            "rand_augment_ops": (0, (DRAWS - CROP_DRAWS - augment.ERASING_DRAWS - 1) // augment.RAND_AUGMENT_DRAWS),
             "rand_augment_magnitude": (0, augment.MAX_MAGNITUDE),
             "random_erasing": (0, 1),
-            "mixup_alpha": (0, float("inf")),
-            "cutmix_alpha": (0, float("inf")),
+            "mixup_alpha": (0, 1e6),
+            "cutmix_alpha": (0, 1e6),
             "cutmix_share": (0, 1),
             "label_smoothing": (0, 1),
             "crop_pct": (1e-3, 1),
@@ -188,6 +189,12 @@ def put_classifier(encoder: EHMModel, names: list[str], pretrained: str | None) 
                 f"model.pretrained={pretrained!r} has a head for {saved.num_labels} classes, but the training data have"
                 f" {len(names)}; start from the pre-trained checkpoint instead, or give data with those classes"
             )
+        saved_names = [saved.id2label[number] for number in range(len(names))]
+        if saved_names != list(names):
+            raise RecipeError(
+                f"model.pretrained={pretrained!r} has a head for other classes, {saved_names[:3]}..., than the training"
+                f" data, {list(names)[:3]}...; start from the pre-trained checkpoint instead"
+            )
         whole = EHMForImageClassification.from_pretrained(pretrained)
         model.classifier.load_state_dict(whole.classifier.state_dict())
     return model
@@ -206,7 +213,7 @@ def prepare(recipe: Recipe) -> TaskTrainer:
         for source in (data.train, data.test)
     )
     names = class_names(rows)
-    check_labels(test_rows, len(names))
+    check_labels(test_rows, len(names), names)
     model = put_classifier(encoder, names, recipe.pretrained)
     processor = image_processor(config, data.image_mean, data.image_std, data.crop_pct)
     count_steps(args, len(rows))

@@ -25,6 +25,7 @@ from modeling_ehm.training.labelled import (
     LabelledData,
     LabelledRows,
     check_channels,
+    check_same_classes,
     count_steps,
     resized,
 )
@@ -64,7 +65,7 @@ class DetectionHead:
 
     Attributes:
         out_indices: Stages of the encoder that give the three maps, fine to coarse: 0 the patch embeddings, l the l-th
-            layer; None takes the last one three times over, as ViTDet does.
+            layer; None takes the last three.
         feature_scales: Cells a patch side of each map; strides are patch / scale and must double: 8, 16, 32 for
             patch 8 and [1, 0.5, 0.25].
         hidden_size: Width of the detector.
@@ -113,6 +114,19 @@ def size_of(encoded: dict) -> tuple[int, int]:
 
 def category_names(rows: LabelledRows) -> list[str]:
     """Names of the classes of a column `objects`: those its type gives, else LABEL_0, ... up to the largest."""
+    category = category_feature(rows)
+    if isinstance(category, ClassLabel):
+        return list(category.names)
+    largest = max((int(c) for objects in rows.column("objects") for c in parts_of(objects)[1]), default=0)
+    return [f"LABEL_{n}" for n in range(largest + 1)]
+
+
+def category_feature(rows: LabelledRows):
+    """Type of the categories in a column `objects`.
+
+    Raises:
+        ValueError: the column does not hold boxes and categories.
+    """
     feature = rows.features["objects"]
     feature = getattr(feature, "feature", feature)  # a list of objects, or lists of their parts
     if not isinstance(feature, dict) or not {"bbox", "category"} <= set(feature):
@@ -120,11 +134,7 @@ def category_names(rows: LabelledRows) -> list[str]:
             f"{rows.source.path}: objects_column={rows.source.objects_column!r} must hold `bbox` and `category`; it is"
             f" {rows.features['objects']}"
         )
-    category = getattr(feature["category"], "feature", feature["category"])
-    if isinstance(category, ClassLabel):
-        return list(category.names)
-    largest = max((int(c) for objects in rows.column("objects") for c in parts_of(objects)[1]), default=0)
-    return [f"LABEL_{n}" for n in range(largest + 1)]
+    return getattr(feature["category"], "feature", feature["category"])
 
 
 def parts_of(objects: dict | list[dict]) -> tuple[list, list]:
@@ -244,7 +254,9 @@ def build_detector(head: DetectionHead, encoder_config: EHMConfig, names: list[s
     Raises:
         RecipeError: the native size does not halve twice.
     """
-    patch = to_pair(encoder_config.patch_size)[0]
+    patch, across = to_pair(encoder_config.patch_size)
+    if patch != across:
+        raise RecipeError(f"patch_size={encoder_config.patch_size} is not square, and RT-DETR knows one stride a map")
     strides = [patch / scale for scale in head.feature_scales]
     sides = to_pair(encoder_config.image_size)
     if any(stride != int(stride) for stride in strides) or any(side % strides[-1] for side in sides):
@@ -252,6 +264,12 @@ def build_detector(head: DetectionHead, encoder_config: EHMConfig, names: list[s
             f"model.image_size={encoder_config.image_size} is not a multiple of {strides[-1]:g} pixels, the stride of"
             f" the coarsest map (patch_size {patch} / head.feature_scales {head.feature_scales[-1]}): maps must halve"
             " exactly"
+        )
+    cells = sum(int(sides[0] // stride) * int(sides[1] // stride) for stride in strides)
+    if head.num_queries > cells:
+        raise RecipeError(
+            f"head.num_queries={head.num_queries} exceeds the {cells} cells of the feature maps at"
+            f" model.image_size={encoder_config.image_size}; queries are chosen among them"
         )
     last = encoder_config.num_hidden_layers
     fields = encoder_config.to_diff_dict() | {
@@ -286,6 +304,7 @@ def prepare(recipe: Recipe) -> TaskTrainer:
     """Build everything that the recipe names, up to the first step; all boxes are checked."""
     require_scipy()
     args, resume_from = finetuning.start(recipe)
+    args.ddp_find_unused_parameters = True  # a batch without an object leaves the denoising weights unused
     data = recipe.data
     encoder = load_encoder(recipe.pretrained, args.attn_implementation, **recipe.model)
     config = encoder.config
@@ -296,6 +315,8 @@ def prepare(recipe: Recipe) -> TaskTrainer:
         for source in (data.train, data.test)
     )
     names = category_names(rows)
+    if isinstance(category_feature(test_rows), ClassLabel):
+        check_same_classes(names, category_names(test_rows), data.test)
     objects, test_objects = ([true_objects(r, n, len(names)) for n in range(len(r))] for r in (rows, test_rows))
     model = build_detector(recipe.head, config, names)
     backbone = model.model.backbone.model

@@ -9,14 +9,27 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import set_seed
 
+from modeling_ehm.modeling_ehm import EHMBackbone
 from modeling_ehm.training.arguments import TaskTrainingArguments
 from modeling_ehm.training.checkpoints import find_checkpoint
 from modeling_ehm.training.data import ImageSource, describe_source
 from modeling_ehm.training.hub import RunRecord, is_figure
-from modeling_ehm.training.recipes import Recipe
+from modeling_ehm.training.recipes import Recipe, RecipeError
 from modeling_ehm.training.task_trainer import TaskTrainer, find_encoder
 
 logger = logging.getLogger(__name__)
+
+TRAINING_OPTIONS = (  # that tasks without training refuse
+    "push_to_hub",
+    "layer_decay",
+    "weight_average_decay",
+    "freeze_encoder",
+    "max_steps",
+    "num_train_epochs",
+    "learning_rate",
+    "base_learning_rate",
+    "global_batch_size",
+)
 
 
 def start(recipe: Recipe) -> tuple[TaskTrainingArguments, str | None]:
@@ -56,16 +69,36 @@ def build_trainer(
     **kwargs,
 ) -> TaskTrainer:
     """Trainer of a model that holds an EHM encoder; `kwargs` as for `trainer_class`."""
-    if args.freeze_encoder:
-        _, encoder = find_encoder(model)
-        encoder.requires_grad_(False)
-        for layer in encoder.layers:
-            layer.drop_path_rate = 0.0  # a frozen encoder gives the same features at every step
+    freeze_unused(model, args.freeze_encoder)
     run = describe_run(recipe, args)
     run.begin(resume_from, args.world_size)
     trainer = trainer_class(model=model, args=args, train_dataset=train, eval_dataset=test, run=run, **kwargs)
     trainer.resume_from = resume_from
     return trainer
+
+
+def freeze_unused(model: nn.Module, freeze_encoder: bool) -> None:
+    """Freeze the encoder if asked to, and what no gradient would reach: several processes would wait for it in vain."""
+    _, encoder = find_encoder(model)
+    if encoder.embeddings.mask_token is not None:
+        encoder.embeddings.mask_token.requires_grad_(False)  # SimMIM's; here nothing is masked
+    if isinstance(encoder, EHMBackbone):
+        last = max(encoder.stage_names.index(stage) for stage in encoder.out_features)
+        encoder.layers[last:].requires_grad_(False)  # above the last feature map
+    if freeze_encoder:
+        encoder.requires_grad_(False)
+        for layer in encoder.layers:
+            layer.drop_path_rate = 0.0  # a frozen encoder gives the same features at every step
+
+
+def refuse_options(recipe: Recipe, names: tuple[str, ...]) -> None:
+    """Raise a RecipeError if the recipe sets training options that this task would ignore."""
+    for name in names:
+        if recipe.training.get(name):
+            raise RecipeError(
+                f"training.{name}={recipe.training[name]!r}: task {recipe.task!r} does not know this; leave it out"
+                + (", and upload the output folder with `hf upload`" if name == "push_to_hub" else "")
+            )
 
 
 def execute(trainer: TaskTrainer) -> dict[str, float]:
@@ -89,7 +122,7 @@ def execute(trainer: TaskTrainer) -> dict[str, float]:
 def report(run: RunRecord, figures: dict[str, float], more: dict) -> None:
     """Write `results.json` into the output folder and print the figures."""
     folder = Path(run.folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    run.save()
     summary = {
         "task": run.task,
         "pretrained": run.model.get("pretrained"),

@@ -83,6 +83,7 @@ class LowShotTask:
 def prepare(recipe: Recipe) -> LowShotTask:
     """Load encoder and data, and check that every class has images enough."""
     require_sklearn()
+    finetuning.refuse_options(recipe, ("push_to_hub",))
     args, _ = finetuning.start(recipe)
     args.save_strategy = SaveStrategy.NO  # each fine-tuning takes seconds
     if recipe.head.fine_tune_draws and args.max_steps <= 0:
@@ -171,6 +172,7 @@ def fine_tune(task: LowShotTask, rows: np.ndarray, draw: int, processor) -> floa
     args, data, size = task.args, task.recipe.data, to_pair(task.encoder.config.image_size)
     set_seed(args.seed + draw)
     model = put_classifier(copy.deepcopy(task.encoder), task.names, None)
+    finetuning.freeze_unused(model, args.freeze_encoder)
     few = task.rows["train"].select(rows)
     examples = KeyedExamples(few, Augmentation(data, size), args.seed + draw, args.max_steps * args.images_per_step)
     trainer = TaskTrainer(

@@ -56,6 +56,7 @@ class PartsTask:
 
 def prepare(recipe: Recipe) -> PartsTask:
     """Load encoder and images."""
+    finetuning.refuse_options(recipe, finetuning.TRAINING_OPTIONS)
     args, _ = finetuning.start(recipe)
     data = recipe.data
     encoder = load_encoder(recipe.pretrained, args.attn_implementation, **recipe.model).to(args.device)

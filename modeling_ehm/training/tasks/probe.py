@@ -200,6 +200,7 @@ class ProbeTask:
 
 def prepare(recipe: Recipe) -> ProbeTask:
     """Load encoder and data, and check them."""
+    finetuning.refuse_options(recipe, ("push_to_hub", "layer_decay", "weight_average_decay", "freeze_encoder"))
     args, _ = finetuning.start(recipe)
     args.save_strategy = SaveStrategy.NO  # probes take minutes: an interrupted run starts them again
     encoder = load_encoder(recipe.pretrained, args.attn_implementation, **recipe.model).to(args.device)
@@ -218,7 +219,7 @@ def labelled_rows(recipe: Recipe, encoder: EHMModel) -> tuple[dict[str, Labelled
         for name, source in (("train", data.train), ("test", data.test))
     }
     names = class_names(rows["train"])
-    check_labels(rows["test"], len(names))
+    check_labels(rows["test"], len(names), names)
     return rows, names
 
 

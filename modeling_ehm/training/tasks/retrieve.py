@@ -27,7 +27,7 @@ from modeling_ehm.training.data import (
     to_uint8_tensor,
 )
 from modeling_ehm.training.labelled import ImageData, LabelledRows, check_channels, resized
-from modeling_ehm.training.metrics import retrieval_scores
+from modeling_ehm.training.metrics import as_evaluate_metric
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.tasks import finetuning
 
@@ -60,6 +60,7 @@ class Descriptor:
         local_shrinkage: The same of the patches' features, which are always whitened.
         rerank: So many of the first ranking are ranked again by their patches; 0 for none.
         local_dims: Dimensions of whitened patch features; null keeps all.
+        resolution: Share of its size at which every image is seen; below 1 is faster, and blind to small things.
         scales: Sizes at which patches of database images are looked for, as shares of their own.
         max_side: Larger images are reduced to this many pixels on their longer side.
     """
@@ -71,19 +72,21 @@ class Descriptor:
     local_shrinkage: float = 0.1
     rerank: int = 100
     local_dims: int | None = 64
+    resolution: float = 1.0
     scales: list[float] = field(default_factory=lambda: [1.0, 0.5])
     max_side: int = 256
 
     def __post_init__(self):
         if self.pooling not in POOLINGS:
             raise ValueError(f"head.pooling={self.pooling!r} is not one of {', '.join(POOLINGS)}")
-        if self.gem_p <= 0:
-            raise ValueError(f"head.gem_p={self.gem_p} must be positive; 3 is usual")
+        for name in ("gem_p", "resolution"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"head.{name}={getattr(self, name)} must be positive")
         for name in ("shrinkage", "local_shrinkage"):
             if getattr(self, name) is not None and not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"head.{name}={getattr(self, name)} must lie in [0, 1]")
-        if not self.scales or min(self.scales) <= 0 or self.scales[0] != 1:
-            raise ValueError(f"head.scales={self.scales} must be positive, and 1 the first")
+        if not self.scales or min(self.scales) <= 0 or self.scales[0] != 1 or len(set(self.scales)) < len(self.scales):
+            raise ValueError(f"head.scales={self.scales} must be different positive numbers, and 1 the first")
         for name, low in (("rerank", 0), ("local_dims", 1), ("max_side", 1)):
             if getattr(self, name) is not None and getattr(self, name) < low:
                 raise ValueError(f"head.{name}={getattr(self, name)} must be at least {low}")
@@ -104,6 +107,7 @@ class RetrievalTask:
 
 def prepare(recipe: Recipe) -> RetrievalTask:
     """Load encoder and data, and check that every query has an answer."""
+    finetuning.refuse_options(recipe, finetuning.TRAINING_OPTIONS)
     args, _ = finetuning.start(recipe)
     data = recipe.data
     encoder = load_encoder(recipe.pretrained, args.attn_implementation, **recipe.model).to(args.device)
@@ -116,6 +120,13 @@ def prepare(recipe: Recipe) -> RetrievalTask:
     for name, source in (("database", data.database), ("query", data.query)):
         columns = {"group": source.group_column} | {f"tag_{n}": tag for n, tag in enumerate(source.tag_columns or [])}
         rows[name] = LabelledRows(source, columns, to_pair(config.image_size), config.num_channels, data.max_pixels)
+    for name, r in rows.items():
+        for row, group in enumerate(r.column("group")):
+            if not isinstance(group, int):
+                raise RecipeError(
+                    f"{r.source.path}: row {row} of data.{name} has {group!r} in"
+                    f" group_column={r.source.group_column!r}, which should hold whole numbers"
+                )
     known = set(rows["database"].column("group"))
     for row, group in enumerate(rows["query"].column("group")):
         if group not in known:
@@ -126,9 +137,9 @@ def prepare(recipe: Recipe) -> RetrievalTask:
     return RetrievalTask(recipe, args, encoder, rows)
 
 
-def tags_of(rows: LabelledRows) -> list[str] | None:
-    """Values of the tag columns of each row, joined; numbers that are 0 or missing are left out."""
-    columns = [name for name in rows.features if name.startswith("tag_")]
+def tags_of(rows: LabelledRows, count: int | None = None) -> list[str] | None:
+    """Values of the first `count` tag columns of each row, joined; numbers that are 0 or missing are left out."""
+    columns = [name for name in rows.features if name.startswith("tag_")][:count]
     if not columns:
         return None
     parts = []
@@ -143,23 +154,28 @@ def execute(task: RetrievalTask) -> dict[str, float]:
     """Describe, search, rank again; figures in percent."""
     recipe, args, rows = task.recipe, task.args, task.rows
     started = time.perf_counter()
-    groups = {name: rows[name].column("group") for name in rows}
-    tags = tags_of(rows["query"])
     run = finetuning.describe_run(recipe, args)
     run.begin(None, args.world_size)
     if args.process_index != 0:
         return {}  # one process searches
     similarity = rank(task)
-    figures = in_percent(retrieval_scores(similarity, groups["query"], groups["database"], tags))
+    figures = figures_of(similarity, task)
     thumbnails = {name: thumbnail_features(rows[name]) for name in rows}
     reference = thumbnails["query"] @ thumbnails["database"].T
-    run.references = in_percent(retrieval_scores(reference, groups["query"], groups["database"], tags))
+    run.references = figures_of(reference, task)
     finetuning.report(run, figures, {"steps": 0, "seconds": time.perf_counter() - started})
     return figures
 
 
-def in_percent(scores: dict[str, float]) -> dict[str, float]:
-    return {name: 100 * value for name, value in scores.items()}
+def figures_of(similarity: Tensor, task: RetrievalTask) -> dict[str, float]:
+    """Figures in percent, split by the first tag column and by all of them."""
+    query, database = task.rows["query"], task.rows["database"].column("group")
+    figures = {}
+    for tags in (tags_of(query, 1), tags_of(query)):
+        metric = as_evaluate_metric("retrieval_map")
+        metric.add_batch(predictions=list(similarity.numpy()), references=query.column("group"))
+        figures |= metric.compute(database_groups=database, tags=tags)
+    return {name: 100 * value for name, value in figures.items()}
 
 
 def thumbnail_features(rows: LabelledRows) -> Tensor:
@@ -201,7 +217,7 @@ def rank(task: RetrievalTask) -> Tensor:
         query = query_local[row][0]
         found = [descriptors.local_similarity(query, tokens[chosen], is_token[chosen]) for tokens, is_token in views]
         there, back = (torch.stack(parts).amax(0) for parts in zip(*found, strict=True))
-        similarity[row, chosen] = 2 + there + back  # each in [-1, 1]: never below a cosine that was not ranked again
+        similarity[row, chosen] = 3 + there + back  # each in [-1, 1]: never below a cosine that was not ranked again
     return similarity
 
 
@@ -219,7 +235,9 @@ def describe(task, name: str, scales: list[float], keep_local: bool, bar, fitted
         for row in range(len(rows)):
             image, views = rows[row]["image"], []
             for scale in scales:
-                pixels = normalize(to_uint8_tensor(at_scale(image, scale, head.max_side, encoder))[None])
+                pixels = normalize(
+                    to_uint8_tensor(at_scale(image, head.resolution * scale, head.max_side, encoder))[None]
+                )
                 states = tokens_of(encoder, pixels, head.layer)
                 size = pixels.shape[2:]
                 if size not in grey:

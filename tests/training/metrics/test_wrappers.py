@@ -3,11 +3,9 @@
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from modeling_ehm.hierarchy_ehm import build_hierarchy
 from modeling_ehm.training.metrics import (
-    BatchSegmentationScores,
     as_evaluate_metric,
     coco_average_precision,
     confusion_matrix,
@@ -151,26 +149,3 @@ class Channels(torch.nn.Module):
     def forward(self, pixel_values, labels=None):
         logits = torch.nn.functional.avg_pool2d(pixel_values, 2) * self.scale
         return {"loss": logits.mean(), "logits": logits}
-
-
-def test_trainer_scores_segmentation_batch_by_batch(tmp_path):
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(5, 3, 8, 12, generator=generator)
-    labels = torch.where(torch.rand(5, 8, 12, generator=generator) < 0.6, images.argmax(1), 255)
-    rows = [{"pixel_values": image, "labels": label} for image, label in zip(images, labels, strict=True)]
-    scores = BatchSegmentationScores(num_labels=3, ignore_index=255)
-    trainer = transformers.Trainer(
-        model=Channels(),
-        args=transformers.TrainingArguments(
-            tmp_path, per_device_eval_batch_size=2, batch_eval_metrics=True, use_cpu=True, report_to=[]
-        ),
-        compute_metrics=scores,
-    )
-    small = torch.nn.functional.avg_pool2d(images, 2)
-    predictions = torch.nn.functional.interpolate(small, size=(8, 12), mode="bilinear").argmax(1)
-    for count in (5, 3):  # the second evaluation starts anew
-        expected = segmentation_scores(confusion_matrix(predictions[:count], labels[:count], 3, 255))
-        metrics = trainer.evaluate(rows[:count])
-        for name in ("mean_iou", "pixel_accuracy", "mean_accuracy"):
-            assert metrics[f"eval_{name}"] == pytest.approx(expected[name])
-        assert scores.scores == expected

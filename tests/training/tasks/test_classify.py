@@ -22,7 +22,7 @@ from tiny_recipes import (
 )
 from transformers import AutoModelForImageClassification, ViTConfig, ViTModel, pipeline
 
-from modeling_ehm import EHMForImageClassification, EHMModel
+from modeling_ehm import EHMForImageClassification, EHMForPreTraining, EHMModel
 from modeling_ehm.modeling_ehm import sincos_positions
 from modeling_ehm.training.augment import mix_pair
 from modeling_ehm.training.checkpoints import load_encoder
@@ -185,12 +185,14 @@ def test_positions_are_made_anew_for_another_size(pretrained):
 def test_a_classification_checkpoint_keeps_its_head(tmp_path, pretrained):
     run_task(recipe_of(tmp_path, pretrained))
     encoder = load_encoder(str(tmp_path / "out"), "sdpa")
-    names = [f"class {n}" for n in range(10)]
+    names = list(EHMForImageClassification.from_pretrained(tmp_path / "out").config.label2id)
     kept = put_classifier(encoder, names, str(tmp_path / "out"))
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(kept.classifier.weight, saved["classifier.weight"])
     with pytest.raises(RecipeError, match=r"has a head for 10 classes, but the training data have 3; start from"):
         put_classifier(encoder, names[:3], str(tmp_path / "out"))
+    with pytest.raises(RecipeError, match=r"has a head for other classes"):
+        put_classifier(encoder, names[::-1], str(tmp_path / "out"))
 
 
 def test_without_a_checkpoint_the_weights_are_random(tmp_path):
@@ -231,6 +233,7 @@ def test_a_checkpoint_that_lacks_a_file_is_named(tmp_path, pretrained, missing):
         ("label_smoothing", -0.1),
         ("crop_pct", 0.0),
         ("rand_augment_magnitude", 11.0),
+        ("rand_augment_ops", 21),
     ],
 )
 def test_settings_out_of_range_are_refused(tmp_path, pretrained, field, value):
@@ -247,6 +250,37 @@ def test_labels_outside_the_training_classes_are_refused(tmp_path, pretrained):
     }
     with pytest.raises(ValueError, match=r"test.*row 2 has label 2, not a class in \[0, 1\]|row 2 has label 2"):
         classify.prepare(load_recipe(write_task_recipe(tmp_path / "recipe.yaml", "classify", pretrained, sources)))
+
+
+def test_classes_of_other_names_are_refused(tmp_path, pretrained):
+    """A test folder that lacks a class has every later number shifted: in range, and wrong."""
+    sources = {}
+    for name, classes in (("train", ["cat", "cow", "dog"]), ("test", ["cat", "dog"])):
+        for number, kind in enumerate(classes):
+            (tmp_path / name / kind).mkdir(parents=True)
+            picture(number).save(tmp_path / name / kind / "0.png")
+        sources[name] = {"path": "imagefolder", "data_dir": str(tmp_path / name), "label_column": "label"}
+    with pytest.raises(ValueError, match="class 1 of the test set is 'dog', that of the training set 'cow'"):
+        classify.prepare(load_recipe(write_task_recipe(tmp_path / "r.yaml", "classify", pretrained, sources)))
+
+
+def test_averaged_weights_refuse_what_would_undo_them(tmp_path, pretrained):
+    average = {"weight_average_decay": 0.9}
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "save_strategy": "steps"}
+    for more, message in (
+        (best, "training.load_best_model_at_end=True"),
+        ({"push_to_hub": True, "hub_strategy": "every_save"}, "training.hub_strategy='every_save'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            classify.prepare(load_recipe(recipe_of(tmp_path, pretrained, average | more)))
+
+
+def test_a_mask_token_is_left_out_of_training(tmp_path, make_config):
+    """SimMIM's: nothing is masked in a task, and several processes would wait for its gradient in vain."""
+    EHMForPreTraining(make_config(objective="simmim")).save_pretrained(tmp_path / "simmim")
+    trainer = classify.prepare(load_recipe(recipe_of(tmp_path, tmp_path / "simmim")))
+    frozen = [name for name, parameter in trainer.model.named_parameters() if not parameter.requires_grad]
+    assert frozen == ["ehm.embeddings.mask_token"]
 
 
 def test_the_model_of_the_recipe_is_checked(tmp_path):

@@ -252,6 +252,7 @@ def test_sources_without_boxes_are_refused(tmp_path, pretrained, data):
         ({"out_indices": [1]}, r"head.out_indices=\[1\] must name three stages"),
         ({"hidden_size": 15}, r"head.hidden_size=15 is not a multiple"),
         ({"feature_scales": [0.5, 0.25, 0.125]}, r"image_size=32 is not a multiple of 64 pixels"),
+        ({"num_queries": 22}, r"head.num_queries=22 exceeds the 21 cells"),
     ],
 )
 def test_heads_that_cannot_be_are_refused(tmp_path, pretrained, data, head, message):

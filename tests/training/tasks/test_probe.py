@@ -16,7 +16,7 @@ from modeling_ehm.training.data import ImageSource
 from modeling_ehm.training.features import fingerprint, frozen_features
 from modeling_ehm.training.labelled import LabelledRows, image_processor
 from modeling_ehm.training.recipes import RecipeError
-from modeling_ehm.training.tasks import load_recipe, low_shot
+from modeling_ehm.training.tasks import TASKS, load_recipe, low_shot
 from modeling_ehm.training.tasks.low_shot import draw_rows, scaled
 from modeling_ehm.training.tasks.probe import AttentiveProbe, LinearProbe, ProbeHead, Probes
 
@@ -79,6 +79,9 @@ def test_features_are_computed_once(tmp_path, pretrained, monkeypatch):
     assert name != fingerprint(encoder, rows.select([0, 1]), processor, torch.float32)
     assert name != fingerprint(encoder, rows, image_processor(encoder.config, [0.4] * 3, [0.5] * 3), torch.float32)
     assert name != fingerprint(encoder, rows, processor, torch.bfloat16)
+    encoder.config.hidden_act = "relu"
+    assert name != fingerprint(encoder, rows, processor, torch.float32)
+    encoder.config.hidden_act = "gelu"
     with torch.no_grad():
         encoder.layernorm.bias += 1
     assert name != fingerprint(encoder, rows, processor, torch.float32)
@@ -172,6 +175,19 @@ def test_an_attentive_probe_reads_tokens_in_any_order():
 def test_probe_settings_that_cannot_be_are_refused(tmp_path, pretrained, head, message):
     with pytest.raises(RecipeError, match=message):
         load_recipe(write_task_recipe(tmp_path / "r.yaml", "probe", pretrained, DATA, head=head))
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path, pretrained):
+    for task, option in (
+        ("probe", {"layer_decay": 0.5}),
+        ("probe", {"push_to_hub": True}),
+        ("low_shot", {"push_to_hub": True}),
+        ("parts", {"learning_rate": 0.1}),
+    ):
+        data = {"images": SYNTHETIC | {"segments_column": "segments"}} if task == "parts" else DATA
+        recipe = load_recipe(write_task_recipe(tmp_path / "r.yaml", task, pretrained, data, option))
+        with pytest.raises(RecipeError, match=rf"training.{next(iter(option))}=.*: task '{task}' does not know this"):
+            TASKS[task].prepare(recipe)
 
 
 # Few labels

@@ -88,8 +88,8 @@ def test_scales_help_what_was_reduced(tmp_path, pretrained):
         scales: rank(retrieve.prepare(load_recipe(recipe_of(tmp_path, pretrained, data, scales=list(scales)))))
         for scales in ((1.0,), (1.0, 0.5))
     }
-    assert found[1.0, 0.5][0, 2] == pytest.approx(4, abs=0.02) and found[1.0, 0.5][0].argmax() == 2
-    assert found[(1.0,)][0, 2] < 3.9
+    assert found[1.0, 0.5][0, 2] == pytest.approx(5, abs=0.02) and found[1.0, 0.5][0].argmax() == 2
+    assert found[(1.0,)][0, 2] < 4.9
 
 
 def test_images_keep_their_shape(pretrained):
@@ -99,9 +99,16 @@ def test_images_keep_their_shape(pretrained):
     assert at_scale(Image.new("RGB", (100, 50)), 0.5, 50, encoder).size == (24, 16)
 
 
+def test_resolution_reduces_query_and_database_alike(tmp_path, pretrained, data):
+    """At half the resolution a picture still finds itself with similarity 1 both ways."""
+    similarity = rank(retrieve.prepare(load_recipe(recipe_of(tmp_path, pretrained, data, resolution=0.5))))
+    assert torch.allclose(similarity[:4].diagonal(), torch.full((4,), 5.0), atol=0.01)
+
+
 def test_tags_join_values(tmp_path, pretrained, data):
     task = retrieve.prepare(load_recipe(recipe_of(tmp_path, pretrained, data)))
     assert tags_of(task.rows["query"]) == ["same"] * 4 + ["crop67"] * 4
+    assert tags_of(task.rows["query"], 1) == ["same"] * 4 + ["crop"] * 4
     assert tags_of(task.rows["database"]) is None
 
 
@@ -110,6 +117,7 @@ def test_the_figures_are_those_of_the_pure_function(tmp_path, pretrained, data):
     figures = run_task(path)
     task = retrieve.prepare(load_recipe(path))
     scores = retrieval_scores(rank(task), [*range(4), *range(4)], list(range(8)), tags_of(task.rows["query"]))
+    assert figures.pop("map_crop") == figures["map_crop67"]
     assert figures == {name: pytest.approx(100 * value) for name, value in scores.items()}
 
 
@@ -122,6 +130,13 @@ def test_a_query_without_an_answer_is_named(tmp_path, pretrained, data):
     data["query"] = {"path": "parquet", "data_files": str(path), "group_column": "group_id"}
     with pytest.raises(RecipeError, match="row 1, a query of group 99, has no match in data.database"):
         retrieve.prepare(load_recipe(recipe_of(tmp_path, pretrained, data)))
+
+
+def test_groups_that_are_no_numbers_are_named(tmp_path, pretrained, data):
+    recipe = load_recipe(recipe_of(tmp_path, pretrained, data), ["data.query.tag_columns=null"])
+    recipe.data.query.group_column = "kind"
+    with pytest.raises(RecipeError, match="row 0 of data.query has 'same' in group_column='kind'"):
+        retrieve.prepare(recipe)
 
 
 def test_broken_images_are_named(tmp_path, pretrained, data):
@@ -142,7 +157,10 @@ def test_broken_images_are_named(tmp_path, pretrained, data):
         ("head.pooling=max", "head.pooling='max' is not one of mean, gem, cls"),
         ("head.gem_p=0.0", "head.gem_p=0.0 must be positive"),
         ("head.shrinkage=2.0", r"head.shrinkage=2.0 must lie in \[0, 1\]"),
-        ("head.scales=[0.5]", r"head.scales=\[0.5\] must be positive, and 1 the first"),
+        ("head.scales=[0.5]", r"head.scales=\[0.5\] must be different positive numbers, and 1 the first"),
+        ("head.scales=[1.0, 1.0]", r"head.scales=\[1.0, 1.0\] must be different"),
+        ("head.resolution=0.0", "head.resolution=0.0 must be positive"),
+        ("data.query.group_column=kind", r"a column is named for two purposes"),
         ("head.rerank=-1", "head.rerank=-1 must be at least 0"),
         ("head.layer=7", r"head.layer=7 is not in \[0, 3\]"),
     ],

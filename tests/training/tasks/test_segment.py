@@ -156,14 +156,17 @@ def test_two_processes_judge_as_one(tmp_path, pretrained):
 
     Both processes judge with the batch norm's statistics that process 0 saves, not each with its own.
     """
-    two = recipe_of(tmp_path / "two", pretrained)
+    noise = np.random.default_rng(0).integers(0, 256, (5, 50, 50, 3), dtype=np.uint8)  # maps that a breath changes
+    images = [encode(PILImage.fromarray(noise[n, :height, :width])) for n, (width, height) in enumerate(SIZES)]
+    sources = {name: source_of(tmp_path / f"{name}.parquet", images=images) for name in ("train", "test")}
+    two = recipe_of(tmp_path / "two", pretrained, **sources)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [ROOT / "train_ehm.py", two, "training.per_device_eval_batch_size=1"]
     environment = child_environment(tmp_path / "home")
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     got = json.loads((tmp_path / "two" / "out" / "results.json").read_text())["figures"]
-    trainer = prepared(tmp_path / "one", pretrained)
+    trainer = prepared(tmp_path / "one", pretrained, **sources)
     trainer.model.load_state_dict(load_file(tmp_path / "two" / "out" / "model.safetensors"))
     expected = trainer.evaluate()
     names = ["mean_iou", "pixel_accuracy", "mean_accuracy", *(f"iou_{name}" for name in NAMES)]
