@@ -185,7 +185,8 @@ def test_positions_are_made_anew_for_another_size(pretrained):
 def test_a_classification_checkpoint_keeps_its_head(tmp_path, pretrained):
     run_task(recipe_of(tmp_path, pretrained))
     encoder = load_encoder(str(tmp_path / "out"), "sdpa")
-    names = list(EHMForImageClassification.from_pretrained(tmp_path / "out").config.label2id)
+    id2label = EHMForImageClassification.from_pretrained(tmp_path / "out").config.id2label
+    names = [id2label[number] for number in range(10)]
     kept = put_classifier(encoder, names, str(tmp_path / "out"))
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(kept.classifier.weight, saved["classifier.weight"])
