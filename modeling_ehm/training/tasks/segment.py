@@ -416,6 +416,11 @@ def prepare(recipe: Recipe) -> SegmentationTrainer:
     names = data.class_names or [f"LABEL_{n}" for n in range(largest + 1)]
     if len(names) < 2:
         raise RecipeError(f"the training maps hold one class, {names}; segmentation needs two or more")
+    if 0 <= data.ignore_index < len(names):
+        raise RecipeError(
+            f"ignore_index={data.ignore_index} would stand for the class {names[data.ignore_index]!r} too; name another"
+            " value of the maps as ignore_index"
+        )
     test_rows = SegmentationRows(data.test, data, config, len(names))
     test_rows.read_all()
     model = put_head(encoder, head, names, data.ignore_index, recipe.pretrained)

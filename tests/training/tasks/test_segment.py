@@ -431,6 +431,12 @@ def test_values_that_reduced_labels_cannot_have(tmp_path, pretrained):
         prepared(tmp_path, pretrained, reduce_labels=True, **with_maps(tmp_path, maps, ignore_index=None))
 
 
+def test_a_class_cannot_be_ignored(tmp_path, pretrained):
+    """Its pixels would be a class in one source and nothing in the other."""
+    with pytest.raises(RecipeError, match="ignore_index=1 would stand for the class 'road' too"):
+        prepared(tmp_path, pretrained, **with_maps(tmp_path, [np.where(GOOD == 11, 1, GOOD)], ignore_index=1))
+
+
 def test_a_source_without_maps_is_refused(tmp_path, pretrained):
     with pytest.raises(ValueError, match="name the column of the segment maps as segments_column"):
         prepared(tmp_path, pretrained, **with_maps(tmp_path, [GOOD], segments_column=None))
