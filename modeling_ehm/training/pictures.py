@@ -470,6 +470,50 @@ def render_segmentation(
     return _save_small(figure, Path(path))
 
 
+def render_detection(
+    examples: Sequence[tuple[np.ndarray, dict, dict]], class_names: Sequence[str], path: str | Path
+) -> Path:
+    """Draw images with their true boxes on the left and the found ones on the right, one row an image.
+
+    Args:
+        examples: Image `(H, W, 3)` uint8; its true objects, `boxes` `(n, 4)` left, top, right, bottom in pixels and
+            `labels` `(n,)`; those found, with `scores` `(n,)` too.
+        class_names: Names of the classes 0, 1, ...
+        path: Of the PNG; its folder is made.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no examples.
+        ImportError: matplotlib is not installed.
+    """
+    if not examples:
+        raise ValueError("examples is empty, so there is nothing to draw; pass some images with their boxes")
+    cell, gap, header = 400, 4, 26
+    heights = [round(cell * image.shape[0] / image.shape[1]) for image, _, _ in examples]
+    width, height = 2 * cell + 3 * gap, header + sum(heights) + gap * len(heights)
+    figure = _new_figure(width, height)
+    for column, title in enumerate(("truth", "found")):
+        x = (gap + column * (cell + gap) + cell / 2) / width
+        figure.text(x, 1 - header / 2 / height, title, fontsize=9, ha="center", va="center", color="0.3")
+    top = header
+    for (image, *objects), row_height in zip(examples, heights, strict=True):
+        for column, shown in enumerate(objects):
+            left, bottom = (gap + column * (cell + gap)) / width, 1 - (top + row_height) / height
+            axes = figure.add_axes((left, bottom, cell / width, row_height / height))
+            _show(axes, image)
+            for number, (box, label) in enumerate(zip(shown["boxes"], shown["labels"], strict=True)):
+                x, y, right, below = (float(side) for side in box)
+                colour = _class_colours(np.array([[int(label)]]))[0, 0] / 255
+                axes.plot([x, right, right, x, x], [y, y, below, below, y], color=colour, linewidth=1.2)
+                score = f" {shown['scores'][number]:.2f}" if "scores" in shown else ""
+                axes.text(x + 1, y + 1, class_names[int(label)] + score, fontsize=5, color="white", va="top",
+                          bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6})  # fmt: skip
+        top += row_height + gap
+    return _save_small(figure, Path(path))
+
+
 def _class_colours(labels: np.ndarray, ignore_index: int | None = None) -> np.ndarray:
     """`(H, W)` -> `(H, W, 3)` uint8: neighbouring numbers far apart on the colour circle; `ignore_index` is white."""
     hue = (labels * 0.618034) % 1  # multiples of the golden ratio spread evenly, however many there are
@@ -484,6 +528,7 @@ def _class_colours(labels: np.ndarray, ignore_index: int | None = None) -> np.nd
 __all__ = [
     "load_snapshot",
     "render_curves",
+    "render_detection",
     "render_gallery",
     "render_segmentation",
     "require_matplotlib",

@@ -4,8 +4,10 @@ RT-DETR picks its queries from a dense prediction at every cell, and so learns f
 whose queries must learn to look. Its maps come from `feature_scales`: one plain ViT gives the three strides it wants.
 """
 
+import importlib.util
 import io
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,6 +18,8 @@ from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrImageProc
 from transformers.trainer_utils import EvalPrediction
 
 from modeling_ehm.configuration_ehm import EHMConfig, to_pair
+from modeling_ehm.modeling_ehm import evaluation_mode
+from modeling_ehm.training import pictures
 from modeling_ehm.training.arguments import TaskTrainingArguments
 from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import FORMATS, check_crops, random_resized_crop, to_uint8_tensor
@@ -34,6 +38,7 @@ from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.task_trainer import TaskTrainer
 from modeling_ehm.training.tasks import finetuning
 
+DRAWN_SCORE = 0.3  # of the boxes in the picture; figures count all
 SLOP = 1.0  # pixels by which a box may overlap the edge of its picture, as rounded annotations do; it is cut there
 TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
@@ -386,4 +391,30 @@ detect = pipeline("object-detection", model=repo)
 detect(image)  # [{"score": ..., "label": ..., "box": {"xmin": ..., ...}}, ...]
 """
 
-execute = finetuning.execute
+
+def execute(trainer: DetectionTrainer) -> dict[str, float]:
+    """Train, evaluate, save, push, and draw `predictions.png` if matplotlib is installed; returns the figures."""
+    figures = finetuning.execute(trainer)
+    if trainer.is_world_process_zero() and importlib.util.find_spec("matplotlib") is not None:
+        draw_predictions(trainer, Path(trainer.args.output_dir) / "predictions.png")
+    return figures
+
+
+@torch.no_grad()
+def draw_predictions(trainer: DetectionTrainer, path: Path) -> None:
+    """Draw up to four test images, at even distances in the set, with true boxes and those found."""
+    rows, model, processor = trainer.eval_dataset.rows, trainer.bare_model, trainer.processing_class
+    chosen = np.linspace(0, len(rows) - 1, min(len(rows), pictures.MAX_IMAGES)).round().astype(int).tolist()
+    shown = []
+    with trainer.averaged_weights(), evaluation_mode(model):
+        for row in chosen:
+            image = rows[row]["image"].convert("RGB")
+            pixels = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
+            outputs = model(pixel_values=pixels)
+            (found,) = processor.post_process_object_detection(
+                outputs, threshold=DRAWN_SCORE, target_sizes=[image.size[::-1]]
+            )
+            found = {name: part.cpu().numpy() for name, part in found.items()}
+            shown.append((np.asarray(image), true_objects(rows, row, model.config.num_labels), found))
+    names = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    pictures.render_detection(shown, names, path)

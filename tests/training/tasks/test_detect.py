@@ -129,6 +129,7 @@ def test_one_run_leaves_a_detector_that_stock_code_uses(tmp_path, pretrained, da
     assert {"ap", "ap50", "ap75", "ap_red", "ap_blue"} <= figures.keys()
     out = tmp_path / "out"
     assert json.loads((out / "results.json").read_text())["task"] == "detect"
+    assert min(PILImage.open(out / "predictions.png").size) > 100
     assert "pipeline_tag: object-detection" in (out / "README.md").read_text()
     model = AutoModelForObjectDetection.from_pretrained(out)
     assert type(find_encoder(model)[1]) is EHMBackbone and model.config.id2label == {0: "red", 1: "blue"}
