@@ -503,6 +503,7 @@ def render_detection(
             left, bottom = (gap + column * (cell + gap)) / width, 1 - (top + row_height) / height
             axes = figure.add_axes((left, bottom, cell / width, row_height / height))
             _show(axes, image)
+            axes.set(xlim=(0, image.shape[1]), ylim=(image.shape[0], 0), autoscale_on=False)  # boxes may reach out
             for number, (box, label) in enumerate(zip(shown["boxes"], shown["labels"], strict=True)):
                 x, y, right, below = (float(side) for side in box)
                 colour = _class_colours(np.array([[int(label)]]))[0, 0] / 255
