@@ -119,7 +119,9 @@ def figure_rows(results: dict, recipe: str, columns: list[str], headline: bool) 
     for name in first["figures"]:
         if is_headline(task, name) != headline:
             continue
-        values = {c: [one["figures"].get(name, float("nan")) for one in results[c]] for c in columns}
+        values = {
+            c: [float("nan") if (v := one["figures"].get(name)) is None else v for one in results[c]] for c in columns
+        }
         reference = first["references"].get(name)
         cells = ["" if reference is None else f"{reference:.2f}", *(cell(values[c]) for c in reversed(columns))]
         if len(columns) >= 2:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 from pathlib import Path
 
 from torch import nn
@@ -128,7 +129,8 @@ def report(run: RunRecord, figures: dict[str, float], more: dict) -> None:
         "pretrained": run.model.get("pretrained"),
         "seed": run.training.get("seed", 42),
         **more,
-        "figures": figures,
+        # Not a number: a figure without anything to measure, which JSON can only call null.
+        "figures": {name: None if math.isnan(value) else value for name, value in figures.items()},
         "references": run.references,
     }
     (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")

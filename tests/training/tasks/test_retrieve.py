@@ -12,7 +12,7 @@ from modeling_ehm import EHMModel
 from modeling_ehm.training.metrics import retrieval_scores
 from modeling_ehm.training.recipes import RecipeError
 from modeling_ehm.training.tasks import load_recipe, retrieve
-from modeling_ehm.training.tasks.retrieve import at_scale, rank, tags_of
+from modeling_ehm.training.tasks.retrieve import at_scale, rank, tags_of, thumbnail_features
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -103,6 +103,15 @@ def test_resolution_reduces_query_and_database_alike(tmp_path, pretrained, data)
     """At half the resolution a picture still finds itself with similarity 1 both ways."""
     similarity = rank(retrieve.prepare(load_recipe(recipe_of(tmp_path, pretrained, data, resolution=0.5))))
     assert torch.allclose(similarity[:4].diagonal(), torch.full((4,), 5.0), atol=0.01)
+
+
+def test_the_reference_is_the_cosine_of_thumbnails(tmp_path, pretrained, data):
+    """Bilinear 16x16 thumbnails in colour, each image's own mean taken off."""
+    rows = retrieve.prepare(load_recipe(recipe_of(tmp_path, pretrained, data))).rows["database"]
+    small = [np.asarray(texture(n).resize((16, 16), Image.Resampling.BILINEAR), dtype=float).ravel() for n in (0, 3)]
+    features = thumbnail_features(rows)
+    assert features.shape == (8, 3 * 256)
+    assert features[0] @ features[3] == pytest.approx(np.corrcoef(*small)[0, 1], abs=1e-5)
 
 
 def test_tags_join_values(tmp_path, pretrained, data):
