@@ -4,6 +4,7 @@ import argparse
 import logging
 import sys
 
+from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 
 from modeling_ehm.training.tasks import TASKS, load_recipe
@@ -24,6 +25,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (StrictDataclassError, ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     task.execute(prepared)
+    state = PartialState()
+    state.wait_for_everyone()  # a process that leaves while others still talk to it is aborted
+    state.destroy_process_group()
 
 
 if __name__ == "__main__":

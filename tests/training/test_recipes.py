@@ -40,7 +40,8 @@ def test_each_shipped_recipe_builds_its_sections(path, tmp_path):
     recipe = load_recipe(path, ["training.use_cpu=true", f"training.output_dir={tmp_path}"])
     schema = TASKS[recipe.task].SCHEMA
     assert recipe.task == path.parent.name and recipe.source == str(path)
-    config, training = EHMConfig(**recipe.model), schema.training(**recipe.training)
+    known = {} if recipe.pretrained is None else {"patch_size": 8}  # the checkpoint's, of the small recipes
+    config, training = EHMConfig(**known | recipe.model), schema.training(**recipe.training)
     assert isinstance(recipe.data, schema.data) and len(recipe.data.image_mean) == config.num_channels
     assert schema.head is None or isinstance(recipe.head, schema.head)
     if "global_batch_size" in recipe.training:
