@@ -253,6 +253,37 @@ class DetectionTrainer(TaskTrainer):
         return None, (outputs.logits.float(), outputs.pred_boxes.float()), inputs["rows"]
 
 
+class DetectionFigures:
+    """`compute_metrics`: COCO's figures and the AP of each class, in percent, in pixels of the original images.
+
+    Args:
+        rows: The test rows.
+        objects: True objects of each row, from `true_objects`.
+        names: Of the classes.
+        processor: Turns the detector's outputs into boxes.
+    """
+
+    def __init__(self, rows: LabelledRows, objects: list[dict], names: list[str], processor: RTDetrImageProcessorPil):
+        self.objects, self.names, self.processor = objects, names, processor
+        self.sizes = [size_of(rows.dataset[row]["image"]) for row in range(len(rows))]
+        self.metric = as_evaluate_metric("coco_average_precision")
+
+    def __call__(self, prediction: EvalPrediction) -> dict[str, float]:
+        logits, boxes = (torch.from_numpy(array) for array in prediction.predictions)
+        chosen = [int(row) for row in prediction.label_ids]
+        found = self.processor.post_process_object_detection(
+            SimpleNamespace(logits=logits, pred_boxes=boxes),
+            threshold=0.0,
+            target_sizes=[self.sizes[row][::-1] for row in chosen],
+        )
+        found = [{name: part.numpy() for name, part in image.items()} for image in found]
+        self.metric.add_batch(predictions=found, references=[self.objects[row] for row in chosen])
+        scores = self.metric.compute(num_labels=len(self.names))
+        per_class = scores.pop("ap_per_class")
+        scores |= {f"ap_{name}": value for name, value in zip(self.names, per_class, strict=True)}
+        return {name: 100 * value for name, value in scores.items()}
+
+
 def build_detector(head: DetectionHead, encoder_config: EHMConfig, names: list[str]) -> RTDetrForObjectDetection:
     """RT-DETR with random weights on an `EHMBackbone`.
 
@@ -340,24 +371,6 @@ def prepare(recipe: Recipe) -> TaskTrainer:
         pixels = processor(columns["image"], return_tensors="pt")["pixel_values"][0]
         return {"pixel_values": pixels, "row": columns["row"]}
 
-    metric = as_evaluate_metric("coco_average_precision")
-    sizes = [size_of(test_rows.dataset[row]["image"]) for row in range(len(test_rows))]
-
-    def figures(prediction: EvalPrediction) -> dict[str, float]:
-        logits, boxes = (torch.from_numpy(array) for array in prediction.predictions)
-        chosen = [int(row) for row in prediction.label_ids]
-        found = processor.post_process_object_detection(
-            SimpleNamespace(logits=logits, pred_boxes=boxes),
-            threshold=0.0,
-            target_sizes=[sizes[row][::-1] for row in chosen],
-        )
-        found = [{name: part.numpy() for name, part in image.items()} for image in found]
-        metric.add_batch(predictions=found, references=[test_objects[row] for row in chosen])
-        scores = metric.compute(num_labels=len(names))
-        per_class = scores.pop("ap_per_class")
-        scores |= {f"ap_{name}": value for name, value in zip(names, per_class, strict=True)}
-        return {name: 100 * value for name, value in scores.items()}
-
     count_steps(args, len(rows))
     augmentation = DetectionAugmentation(data, objects, size)
     return finetuning.build_trainer(
@@ -369,7 +382,7 @@ def prepare(recipe: Recipe) -> TaskTrainer:
         EvaluationImages(test_rows, evaluated),
         trainer_class=DetectionTrainer,
         data_collator=collate,
-        compute_metrics=figures,
+        compute_metrics=DetectionFigures(test_rows, test_objects, names, processor),
         processing_class=processor,
         usage=USAGE,
     )
