@@ -61,7 +61,13 @@ def load_encoder(pretrained: str | None, attn_implementation: str, **config_over
     """
     if pretrained is None:
         return EHMModel._from_config(EHMConfig(**config_overrides), attn_implementation=attn_implementation)
-    kind = AutoConfig.from_pretrained(pretrained).model_type
+    try:
+        kind = AutoConfig.from_pretrained(pretrained).model_type
+    except OSError as error:  # names neither the field nor, for what looks like a Hub id, the missing folder
+        raise OSError(
+            f"model.pretrained={pretrained!r} is no directory that holds a model, nor could it be read from the Hub:"
+            f" {error}"
+        ) from None
     if kind == "vit_mae":
         encoder = from_vit_mae(pretrained, **config_overrides).ehm.train()
         encoder.set_attn_implementation(attn_implementation)
