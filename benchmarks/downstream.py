@@ -140,6 +140,24 @@ def as_markdown(all_results: dict, columns: list[str], headline: bool) -> str:
     return "\n".join(lines)
 
 
+def draws_table(all_results: dict, columns: list[str]) -> str:
+    """Differences draw by draw to the last column, "untrained": mean, its standard error, and how often ahead."""
+    last, others = columns[-1], columns[-2::-1]
+    lines = ["| recipe | figure | " + " | ".join(f"{c} less {last}" for c in others) + " |"]
+    lines.append("| --- | --- |" + " --- |" * len(others))
+    for recipe, results in all_results.items():
+        for name in results[last][0].get("draws", {}):
+            pooled = {c: [value for one in results[c] for value in one["draws"][name]] for c in columns}
+            cells = []
+            for column in others:
+                gains = [a - b for a, b in zip(pooled[column], pooled[last], strict=True)]
+                error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else float("nan")
+                ahead = sum(gain > 0 for gain in gains)
+                cells.append(f"{statistics.mean(gains):+.2f} ± {error:.2f} ({ahead} of {len(gains)})")
+            lines.append(f"| {recipe} | {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def times_table(all_results: dict, columns: list[str]) -> str:
     """Steps and minutes of each run."""
     lines = ["| recipe | steps | " + " | ".join(f"minutes, {c}" for c in reversed(columns)) + " |"]
@@ -216,6 +234,10 @@ def main() -> None:
     text = f"""{datetime.date.today()}; {machine()}; {options.jobs} run(s) at a time; seeds {options.seeds}.
 
 {as_markdown(tables, columns, headline=True)}
+
+Draws of few labels, the same ones for all checkpoints: mean difference ± its standard error, and draws ahead:
+
+{draws_table(tables, columns)}
 
 Steps and time:
 

@@ -40,6 +40,15 @@ def test_headlines_and_other_figures_are_two_tables():
     assert len(others) == 3 and others[2].startswith("| classify/tin40 | loss |")
 
 
+def test_draws_are_compared_in_pairs():
+    """By hand: gains 3, 1, -1 have mean 1 and standard error 2 / sqrt(3); a recipe without draws has no row."""
+    draws = {"EHM": [33.0, 41.0, 24.0], "untrained": [30.0, 40.0, 25.0]}
+    table = {"low_shot/x": {c: [results(1.0) | {"draws": {"frozen_1_shot": d}}] for c, d in draws.items()}} | TABLE
+    lines = downstream.draws_table(table, list(draws)).splitlines()
+    assert lines[0] == "| recipe | figure | EHM less untrained |"
+    assert lines[2:] == ["| low_shot/x | frozen_1_shot | +1.00 ± 1.15 (2 of 3) |"]
+
+
 def test_times_are_minutes():
     last = downstream.times_table(TABLE, COLUMNS).splitlines()[-1]
     assert last == "| classify/tin40 | 10 | 1.5 | 1.0 | 1.0 |"

@@ -333,6 +333,18 @@ def build_detector(head: DetectionHead, encoder_config: EHMConfig, names: list[s
     return RTDetrForObjectDetection(config)
 
 
+def check_batch(args: TaskTrainingArguments, head: DetectionHead, config: EHMConfig) -> None:
+    """Raise a RecipeError if RT-DETR's batch norms would see one value a channel on the coarsest map."""
+    stride = to_pair(config.patch_size)[0] / head.feature_scales[-1]
+    cells = [int(side // stride) for side in to_pair(config.image_size)]
+    if args.train_batch_size * cells[0] * cells[1] < 2:
+        raise RecipeError(
+            f"training.per_device_train_batch_size={args.train_batch_size}: the coarsest map at"
+            f" model.image_size={config.image_size} has a single cell, and its batch norm needs two values; take larger"
+            " batches or larger images"
+        )
+
+
 UNWANTED = ("architectures", "auto_map", "id2label", "label2id", "transformers_version", "dtype", "model_type")
 
 
@@ -355,6 +367,7 @@ def prepare(recipe: Recipe) -> TaskTrainer:
         check_same_classes(names, category_names(test_rows), data.test)
     objects, test_objects = ([true_objects(r, n, len(names)) for n in range(len(r))] for r in (rows, test_rows))
     model = build_detector(recipe.head, config, names)
+    check_batch(args, recipe.head, config)
     backbone = model.model.backbone.model
     backbone.load_state_dict(encoder.state_dict())
     backbone.set_attn_implementation(args.attn_implementation)

@@ -122,7 +122,11 @@ def scaled(features: np.ndarray) -> np.ndarray:
 
 
 def execute(task: LowShotTask) -> dict[str, float]:
-    """All draws; figures are means and standard deviations over draws, in percent."""
+    """All draws; figures are means and standard deviations over draws, in percent.
+
+    `results.json` has the figures of single draws too: other checkpoints are judged on the same ones, so differences
+    draw by draw are far less noisy than those of means.
+    """
     from sklearn.linear_model import LogisticRegression
 
     recipe, args, head = task.recipe, task.args, task.recipe.head
@@ -146,7 +150,7 @@ def execute(task: LowShotTask) -> dict[str, float]:
             )
             for name, rows in task.rows.items()
         }
-    started, figures = time.perf_counter(), {}
+    started, figures, draws = time.perf_counter(), {}, {}
     for shots in head.shots:
         accuracies: dict[str, list[float]] = {"frozen": [], "fine_tuned": []}
         for draw in range(head.draws):
@@ -158,12 +162,14 @@ def execute(task: LowShotTask) -> dict[str, float]:
                 accuracies["fine_tuned"].append(100 * fine_tune(task, rows, draw, processor))
         for kind, values in accuracies.items():
             if values:
+                draws[f"{kind}_{shots}_shot"] = values
                 figures[f"{kind}_{shots}_shot"] = float(np.mean(values))
                 figures[f"{kind}_{shots}_shot_sd"] = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
     run = finetuning.describe_run(recipe, args)
     run.begin(None, args.world_size)
     if args.process_index == 0:
-        finetuning.report(run, figures, {"steps": args.max_steps, "seconds": time.perf_counter() - started})
+        more = {"steps": args.max_steps, "seconds": time.perf_counter() - started, "draws": draws}
+        finetuning.report(run, figures, more)
     return figures
 
 

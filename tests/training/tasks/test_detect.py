@@ -259,3 +259,10 @@ def test_sources_without_boxes_are_refused(tmp_path, pretrained, data):
 def test_heads_that_cannot_be_are_refused(tmp_path, pretrained, data, head, message):
     with pytest.raises(RecipeError, match=message):
         detect.prepare(load_recipe(recipe_of(tmp_path, pretrained, data, head=head)))
+
+
+def test_single_images_need_more_than_one_cell(tmp_path, pretrained, data):
+    one = {"global_batch_size": 1}
+    with pytest.raises(RecipeError, match=r"per_device_train_batch_size=1: the coarsest map at model.image_size=32"):
+        detect.prepare(load_recipe(recipe_of(tmp_path, pretrained, data, one)))
+    detect.prepare(load_recipe(recipe_of(tmp_path, pretrained, data, one, image_size=[32, 64])))

@@ -216,7 +216,9 @@ def test_a_low_shot_run(tmp_path, pretrained, colours):
     figures = run_task(write_task_recipe(tmp_path / "r.yaml", "low_shot", pretrained, colours, training, head=head))
     assert figures["frozen_1_shot"] == figures["frozen_2_shot"] == 100 and figures["frozen_2_shot_sd"] == 0
     assert 0 <= figures["fine_tuned_2_shot"] <= 100
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["figures"] == figures
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert results["figures"] == figures
+    assert results["draws"]["frozen_1_shot"] == [100, 100, 100] and len(results["draws"]["fine_tuned_2_shot"]) == 1
 
 
 def test_fine_tuning_of_a_draw_does_not_touch_the_encoder(tmp_path, pretrained, colours):
