@@ -157,19 +157,20 @@ def keyed_order(seed: int, pass_index: int, part: int, count: int) -> np.ndarray
 
 @dataclass(frozen=True)
 class Sample:
-    """One encoded image in the sequence: its pass over the data, its identity in the source, and its bytes or path.
+    """One row in the sequence: its pass over the data, its identity in the source, and its columns.
 
-    `sample_id` is the row, and in streams `shard << 40 | row in the shard`.
+    `sample_id` is the row, and in streams `shard << 40 | row in the shard`. `columns["image"]` is an image still
+    encoded, `{"bytes", "path"}`, or None.
     """
 
     pass_index: int
     sample_id: int
-    encoded: dict | None
+    columns: dict
 
     @property
     def place(self) -> dict:
-        """Where to find it, for the record of skipped images."""
-        path = None if self.encoded is None else self.encoded.get("path")
+        """Where to find it, for the record of what was skipped."""
+        path = (self.columns["image"] or {}).get("path")
         return {"shard": self.sample_id >> 40, "row": self.sample_id & (1 << 40) - 1, "path": path}
 
 
@@ -194,7 +195,7 @@ class IndexedSamples:
             self._order = (pass_index, keyed_order(self.seed, pass_index, 0, count))
         for step in range(count):
             row = int(self._order[1][(offset + step) % count])
-            yield Sample(pass_index, row, self.dataset[row]["image"])
+            yield Sample(pass_index, row, self.dataset[row])
 
 
 class StreamedSamples:
@@ -260,8 +261,8 @@ class StreamedSamples:
         """Runs of `window` samples in the order of this pass's shards."""
         chunk: list[Sample] = []
         for shard in keyed_order(self.seed, pass_index, 0, self.dataset.num_shards):
-            for row, encoded in enumerate(self._rows(int(shard))):
-                chunk.append(Sample(pass_index, (int(shard) << 40) | row, encoded))
+            for row, columns in enumerate(self._rows(int(shard))):
+                chunk.append(Sample(pass_index, (int(shard) << 40) | row, columns))
                 if len(chunk) == self.window:
                     yield chunk
                     chunk = []
@@ -269,9 +270,10 @@ class StreamedSamples:
             yield chunk
 
     def _rows(self, shard: int) -> Iterator[dict]:
-        """Encoded images of one shard. `.iter` rather than `__iter__`, which would drop rows in DataLoader workers."""
+        """Rows of one shard. `.iter` rather than `__iter__`, which would drop rows in DataLoader workers."""
         for batch in self.dataset.shard(self.dataset.num_shards, shard).iter(batch_size=READ_AHEAD):
-            yield from batch["image"]
+            for values in zip(*batch.values(), strict=True):
+                yield dict(zip(batch, values, strict=True))
 
 
 def open_source(source: ImageSource, image_size: tuple[int, int]) -> Dataset | IterableDataset:
@@ -318,13 +320,31 @@ def find_image_column(dataset: Dataset | IterableDataset, source: ImageSource) -
     return columns[0]
 
 
-def open_samples(source: ImageSource, seed: int, window: int, image_size: tuple[int, int]):
-    """Open a source as an endless keyed sequence of encoded images."""
+def open_samples(
+    source: ImageSource, seed: int, window: int, image_size: tuple[int, int], columns: dict[str, str] | None = None
+):
+    """Open a source as an endless keyed sequence of rows with an encoded image.
+
+    Args:
+        source: Where from.
+        seed: Key of the order.
+        window: Rows of a stream that are shuffled among each other.
+        image_size: (height, width) of the embedded synthetic images.
+        columns: Names that further columns get, with their names in the source.
+
+    Raises:
+        ValueError: a column is missing, or named for two purposes.
+    """
     dataset = open_source(source, image_size)
-    column = find_image_column(dataset, source)
-    dataset = dataset.select_columns([column]).cast_column(column, Image(decode=False))
-    if column != "image":
-        dataset = dataset.rename_column(column, "image")
+    names = {"image": find_image_column(dataset, source)} | (columns or {})
+    available = list(dataset.features if dataset.features is not None else dataset._resolve_features().features)
+    for name, column in names.items():
+        if column not in available:
+            raise ValueError(f"{source.path} has no column {column!r} ({name}_column); its columns are {available}")
+    if len(set(names.values())) < len(names):
+        raise ValueError(f"{source.path}: a column is named for two purposes, {names}; each needs its own")
+    dataset = dataset.select_columns(list(names.values())).cast_column(names["image"], Image(decode=False))
+    dataset = dataset.rename_columns({column: name for name, column in names.items() if column != name})
     if isinstance(dataset, Dataset):
         return IndexedSamples(dataset, seed)
     return StreamedSamples(dataset, seed, window)
@@ -399,39 +419,40 @@ def to_uint8_tensor(image: PILImage.Image) -> Tensor:
     return torch.from_numpy(array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
-class PretrainingImages(torch.utils.data.Dataset):
-    """Training examples by position: decoded, cropped, mirrored, with the seed of their mask.
+class SampledExamples(torch.utils.data.Dataset):
+    """Training examples by position, from rows some of which may be unusable: those are recorded and replaced.
 
     Args:
-        samples: Endless keyed sequence of encoded images.
-        data: Crops, flips, limits.
-        seed: Key of crops and masks.
-        image_size: (height, width) of the crops in pixels.
-        num_channels: 1, 3 or 4.
+        samples: Endless keyed sequence of rows.
         num_positions: Length of the sequence that is offered: steps times global batch.
-        record: File to which skipped images are appended, one JSON line each; None keeps no record.
-
-    Each example: `pixel_values` `(C, H, W)` uint8, `mask_seed` int.
+        record: File to which skipped rows are appended, one JSON line each; None keeps no record.
+        max_skipped_share: Share of unusable rows above which the run stops.
 
     Raises (from `__getitem__`):
-        RuntimeError: more than `data.max_skipped_share` of the images asked for here could not be decoded, or every
-            candidate failed.
+        RuntimeError: more than `max_skipped_share` of the rows asked for here could not be read, or every candidate
+            failed.
     """
+
+    kind = "rows"  # what messages call them
 
     def __init__(
         self,
         samples: IndexedSamples | StreamedSamples,
-        data: DataArguments,
-        seed: int,
-        image_size: tuple[int, int],
-        num_channels: int = 3,
         num_positions: int = 1,
         record: Path | None = None,
+        max_skipped_share: float = 0.01,
     ):
-        self.samples, self.data, self.seed = samples, data, seed
-        self.image_size, self.num_channels = image_size, num_channels
-        self.num_positions, self.record = num_positions, record
-        self.tried = self.skipped = 0  # images, in this worker
+        self.samples, self.num_positions, self.record = samples, num_positions, record
+        self.max_skipped_share = max_skipped_share
+        self.tried = self.skipped = 0  # rows, in this worker
+
+    def read(self, sample: Sample):
+        """Content of a row; whatever this raises makes the row a skipped one."""
+        raise NotImplementedError
+
+    def make_example(self, content, key: Sample) -> dict:
+        """Example of a row's content; randomness by the seed and `key`'s pass and identity, nothing else."""
+        raise NotImplementedError
 
     def close(self) -> None:
         """Let go of an open stream; asking for an example opens it again."""
@@ -446,26 +467,16 @@ class PretrainingImages(torch.utils.data.Dataset):
             raise IndexError(f"position={position} is not in [0, {self.num_positions})")
         assigned = None
         for sample in self.samples.candidates(position):
-            # A replacement is cropped and masked by the key of the image it stands for, so it is nobody's duplicate.
+            # A replacement is varied by the key of the row it stands for, so it is nobody's duplicate.
             assigned = assigned or sample
             self.tried += 1
             try:
-                image = decode_image(sample.encoded, self.num_channels, self.data.max_pixels)
+                content = self.read(sample)
             except Exception as error:  # Pillow raises nearly every type on broken files
                 self._skip(position, sample, error)
                 continue
-            return self.augment(image, assigned)
-        raise RuntimeError(f"none of the images of data.train could be decoded; see {self.record}")
-
-    def augment(self, image: PILImage.Image, key: Sample) -> dict:
-        """Crop, mirror and seed by (seed, pass, sample): 24 numbers, of which the first is the mask's seed."""
-        bits = keyed_bits(self.seed, SAMPLE_STREAM, key.pass_index, key.sample_id, count=24)
-        uniform = (bits[1:] >> np.uint64(11)) * 2.0**-53
-        box = random_resized_crop(image.size, self.data.crop_scale, self.data.crop_ratio, uniform[:22])
-        crop = image.crop(box).resize(self.image_size[::-1], PILImage.Resampling.BICUBIC)
-        if self.data.horizontal_flip and uniform[22] < 0.5:
-            crop = crop.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
-        return {"pixel_values": to_uint8_tensor(crop), "mask_seed": int(bits[:1].view(np.int64)[0])}
+            return self.make_example(content, assigned)
+        raise RuntimeError(f"none of the {self.kind} of data.train could be decoded; see {self.record}")
 
     def _skip(self, position: int, sample: Sample, error: Exception) -> None:
         self.skipped += 1
@@ -480,14 +491,59 @@ class PretrainingImages(torch.utils.data.Dataset):
             self.record.parent.mkdir(parents=True, exist_ok=True)
             with open(self.record, "ab", buffering=0) as file:  # one write a line: workers may append side by side
                 file.write((json.dumps(line) + "\n").encode())
-        expected = self.data.max_skipped_share * self.tried
+        expected = self.max_skipped_share * self.tried
         # Three standard deviations of grace: a share just below the limit must not end a run by chance.
         if self.tried >= 100 and self.skipped > expected + 3 * expected**0.5:
             raise RuntimeError(
-                f"{self.skipped} of {self.tried} images could not be decoded, more than"
-                f" data.max_skipped_share={self.data.max_skipped_share}; the last: {type(error).__name__}: {error}."
-                f" See {self.record}; raise the share if that many broken images are expected"
+                f"{self.skipped} of {self.tried} {self.kind} could not be decoded, more than"
+                f" data.max_skipped_share={self.max_skipped_share}; the last: {type(error).__name__}: {error}."
+                f" See {self.record}; raise the share if that many broken {self.kind} are expected"
             )
+
+
+class PretrainingImages(SampledExamples):
+    """Training examples of pre-training: decoded, cropped, mirrored, with the seed of their mask.
+
+    Args:
+        samples: Endless keyed sequence of encoded images.
+        data: Crops, flips, limits.
+        seed: Key of crops and masks.
+        image_size: (height, width) of the crops in pixels.
+        num_channels: 1, 3 or 4.
+        num_positions: Length of the sequence that is offered: steps times global batch.
+        record: File to which skipped images are appended, one JSON line each; None keeps no record.
+
+    Each example: `pixel_values` `(C, H, W)` uint8, `mask_seed` int.
+    """
+
+    kind = "images"
+
+    def __init__(
+        self,
+        samples: IndexedSamples | StreamedSamples,
+        data: DataArguments,
+        seed: int,
+        image_size: tuple[int, int],
+        num_channels: int = 3,
+        num_positions: int = 1,
+        record: Path | None = None,
+    ):
+        super().__init__(samples, num_positions, record, data.max_skipped_share)
+        self.data, self.seed = data, seed
+        self.image_size, self.num_channels = image_size, num_channels
+
+    def read(self, sample: Sample) -> PILImage.Image:
+        return decode_image(sample.columns["image"], self.num_channels, self.data.max_pixels)
+
+    def make_example(self, image: PILImage.Image, key: Sample) -> dict:
+        """Crop, mirror and seed by (seed, pass, sample): 24 numbers, of which the first is the mask's seed."""
+        bits = keyed_bits(self.seed, SAMPLE_STREAM, key.pass_index, key.sample_id, count=24)
+        uniform = (bits[1:] >> np.uint64(11)) * 2.0**-53
+        box = random_resized_crop(image.size, self.data.crop_scale, self.data.crop_ratio, uniform[:22])
+        crop = image.crop(box).resize(self.image_size[::-1], PILImage.Resampling.BICUBIC)
+        if self.data.horizontal_flip and uniform[22] < 0.5:
+            crop = crop.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
+        return {"pixel_values": to_uint8_tensor(crop), "mask_seed": int(bits[:1].view(np.int64)[0])}
 
 
 def read_skipped(record: Path) -> list[dict]:
