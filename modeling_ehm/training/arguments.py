@@ -142,3 +142,15 @@ class TaskTrainingArguments(ImageTrainingArguments):
                     " average of training.weight_average_decay; set hub_strategy to end"
                 )
         super().__post_init__()
+
+
+@dataclass
+class AlignmentTrainingArguments(ImageTrainingArguments):
+    """The `training` section of an alignment recipe; defaults are LLaVA-1.5's: no weight decay, 3 % warm-up, gradients
+    clipped at 1.
+    """
+
+    weight_decay: float = 0.0
+    warmup_steps: float = 0.03
+    max_grad_norm: float = 1.0
+    per_device_eval_batch_size: int = 32

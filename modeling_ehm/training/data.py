@@ -54,6 +54,11 @@ class ImageSource:
         segments_column: Column of segment maps, for the hierarchy's accuracy.
         ignore_index: Value of the segment maps that belongs to no segment.
         objects_column: Column of boxes and their classes, for detection.
+        conversations_column: Column of conversations, for alignment with a language model: lists of messages as in
+            LLaVA's data (`from`, `value`) or in chat templates (`role`, `content`).
+        question_column: Column of one question or a list of them.
+        answer_column: Column of their answers: as many as questions; of a single question also several people's.
+        text_column: Column of captions, or of class names to put into `data.templates`.
         group_column: Column of numbers that true matches share, for retrieval.
         tag_columns: Columns whose joined values name the kinds by which retrieval figures are split.
         max_images: Read only so many images: the first ones, or, of a stream with several shards, the first ones of
@@ -72,6 +77,10 @@ class ImageSource:
     segments_column: str | None = None
     ignore_index: int | None = None
     objects_column: str | None = None
+    conversations_column: str | None = None
+    question_column: str | None = None
+    answer_column: str | None = None
+    text_column: str | None = None
     group_column: str | None = None
     tag_columns: list[str] | None = None
     max_images: int | None = None
@@ -446,8 +455,8 @@ class SampledExamples(torch.utils.data.Dataset):
         self.max_skipped_share = max_skipped_share
         self.tried = self.skipped = 0  # rows, in this worker
 
-    def read(self, sample: Sample):
-        """Content of a row; whatever this raises makes the row a skipped one."""
+    def read(self, sample: Sample, key: Sample):
+        """Content of a row; whatever this raises makes the row a skipped one. `key` as for `make_example`."""
         raise NotImplementedError
 
     def make_example(self, content, key: Sample) -> dict:
@@ -471,7 +480,7 @@ class SampledExamples(torch.utils.data.Dataset):
             assigned = assigned or sample
             self.tried += 1
             try:
-                content = self.read(sample)
+                content = self.read(sample, assigned)
             except Exception as error:  # Pillow raises nearly every type on broken files
                 self._skip(position, sample, error)
                 continue
@@ -532,7 +541,7 @@ class PretrainingImages(SampledExamples):
         self.data, self.seed = data, seed
         self.image_size, self.num_channels = image_size, num_channels
 
-    def read(self, sample: Sample) -> PILImage.Image:
+    def read(self, sample: Sample, key: Sample) -> PILImage.Image:
         return decode_image(sample.columns["image"], self.num_channels, self.data.max_pixels)
 
     def make_example(self, image: PILImage.Image, key: Sample) -> dict:

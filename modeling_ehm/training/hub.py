@@ -24,6 +24,9 @@ PUSHED_FILES = [
     "*_ehm.py",
     "preprocessor_config.json",
     "processor_config.json",
+    "generation_config.json",
+    "tokenizer*.json",
+    "chat_template.jinja",
     "README.md",
     "gallery.png",
     "curves.png",
@@ -37,6 +40,7 @@ PIPELINES = {  # of the Hub, by task
     "probe": "image-classification",
     "segment": "image-segmentation",
     "detect": "object-detection",
+    "align": "image-text-to-text",
 }
 
 

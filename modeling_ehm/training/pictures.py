@@ -9,6 +9,7 @@ Letters: B images, C channels, H W pixels, P patch side, N patches, K tree nodes
 import importlib.util
 import io
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 COARSE_NODES = 6  # a cut that stays the same throughout training, so that trees of different steps compare
 MAX_IMAGES, MAX_POINTS = 4, 5  # rows and groups of columns of a gallery
+MAX_ANSWERS = 8  # of `render_answers`
 MAX_BYTES = 600_000  # a gallery is looked at in a browser, often on a model's page
 DPI = 100  # of the layout below, which is in pixels
 HIDDEN_GREY = 128
@@ -512,6 +514,42 @@ def render_detection(
                 axes.text(x + 1, y + 1, class_names[int(label)] + score, fontsize=5, color="white", va="top",
                           bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6})  # fmt: skip
         top += row_height + gap
+    return _save_small(figure, Path(path))
+
+
+def render_answers(examples: Sequence[tuple[Image.Image, str, str, str]], path: str | Path) -> Path:
+    """Draw images with what was asked, what was answered, and what would have been right; two columns.
+
+    Args:
+        examples: Image; question; answer; reference.
+        path: Of the PNG; its folder is made.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: no examples.
+        ImportError: matplotlib is not installed.
+    """
+    if not examples:
+        raise ValueError("examples is empty, so there is nothing to draw; pass some images with questions and answers")
+    side, text_width, gap, columns = 128, 330, 10, 2
+    rows = math.ceil(len(examples) / columns)
+    width, height = columns * (side + text_width + 2 * gap) + gap, rows * (side + gap) + gap
+    figure = _new_figure(width, height)
+    for number, (image, question, answer, reference) in enumerate(examples):
+        left = gap + (number % columns) * (side + text_width + 2 * gap)
+        top = gap + (number // columns) * (side + gap)
+        scale = side / max(image.size)
+        shown = image.width * scale, image.height * scale
+        axes = figure.add_axes(
+            (left / width, 1 - (top + (side + shown[1]) / 2) / height, shown[0] / width, shown[1] / height)
+        )
+        _show(axes, np.asarray(image.convert("RGB")))
+        lines = [textwrap.shorten(f"asked: {question}", 200), f"said: {answer}", f"truth: {reference}"]
+        text = "\n".join(textwrap.fill(line, 52, subsequent_indent="  ") for line in lines)
+        x, y = (left + side + gap) / width, 1 - (top + side / 2) / height
+        figure.text(x, y, text, fontsize=7, va="center", color="0.2", parse_math=False)
     return _save_small(figure, Path(path))
 
 

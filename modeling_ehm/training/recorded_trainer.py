@@ -1,6 +1,7 @@
 """`RecordedTrainer`: transformers' Trainer, whose checkpoints are whole, hold no pickle, and tell of their run."""
 
 import logging
+from functools import partial
 from pathlib import Path
 
 from transformers import PreTrainedModel, Trainer
@@ -44,7 +45,14 @@ class RecordedTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        super()._save(output_dir, state_dict)
+        # Stock models save under the names of older versions, which the Trainer cannot resume from (transformers issue
+        # 48805): it loads what it finds by name and leaves the rest at random, with no more than a warning.
+        model = self.bare_model
+        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
+        try:
+            super()._save(output_dir, state_dict)
+        finally:
+            del model.save_pretrained  # the instance's; that of the class stays
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)

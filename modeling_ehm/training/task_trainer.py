@@ -2,7 +2,6 @@
 
 import re
 from contextlib import nullcontext
-from functools import partial
 from pathlib import Path
 
 from accelerate.utils import broadcast
@@ -117,14 +116,7 @@ class TaskTrainer(RecordedTrainer):
             super().save_final_model()
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
-        # Stock heads save under the names of older versions, which the Trainer cannot resume from (transformers issue
-        # 48805): it loads what it finds by name and leaves the rest at random, with no more than a warning.
-        model = self.bare_model
-        model.save_pretrained = partial(model.save_pretrained, save_original_format=False)
-        try:
-            super()._save(output_dir, state_dict)
-        finally:
-            del model.save_pretrained  # the instance's; that of the class stays
+        super()._save(output_dir, state_dict)
         if self.args.should_save and self.weight_average is not None and output_dir != self.args.output_dir:
             self.weight_average.save(output_dir)
 

@@ -7,6 +7,7 @@ Letters: K classes, B images, H W pixels, L labels, D feature width, N patches, 
 """
 
 import io
+import math
 from collections.abc import Iterator, Mapping
 
 import datasets
@@ -17,6 +18,14 @@ from torch import Tensor
 from modeling_ehm.hierarchy_ehm import PatchHierarchy
 from modeling_ehm.training.metrics.classification import top_k_accuracy
 from modeling_ehm.training.metrics.detection import coco_average_precision
+from modeling_ehm.training.metrics.language import (
+    bleu,
+    cider,
+    exact_match,
+    named_share,
+    true_false_accuracy,
+    vqa_accuracy,
+)
 from modeling_ehm.training.metrics.pretraining import hierarchy_accuracy, knn_accuracy
 from modeling_ehm.training.metrics.retrieval import retrieval_scores
 from modeling_ehm.training.metrics.segmentation import confusion_matrix, segmentation_scores
@@ -35,6 +44,8 @@ def as_evaluate_metric(name: str, **kwargs):
     | top_k_accuracy | logits `(K,)`; label | `k=(1, 5)` |
     | mean_iou | predicted and true map `(H, W)`, sizes may differ between images | `num_labels`, `ignore_index=None` |
     | coco_average_precision | the dicts of `coco_average_precision` | `num_labels` |
+    | answer_scores | an answer; list of accepted answers, or of several people's | |
+    | caption_scores | a caption; list of captions | `names=None`, of what each caption should name |
     | retrieval_map | similarities `(M,)` of a query; its group | `database_groups`, `tags=None` |
 
     Args:
@@ -160,6 +171,41 @@ class RetrievalMap(PackedMetric):
         return retrieval_scores(np.stack([*predictions]), np.stack([*references]), database_groups, tags)
 
 
+class TextMetric:
+    """Half of a metric of texts: predictions are texts, references lists of texts."""
+
+    def _info(self):
+        import evaluate
+
+        text = datasets.Value("string")
+        features = datasets.Features({"predictions": text, "references": datasets.Sequence(text)})
+        return evaluate.MetricInfo(
+            description=type(self).__doc__, citation="", inputs_description="", features=features
+        )
+
+    def _compute(self, predictions, references, **arguments):
+        return self.score(predictions, references, **arguments)
+
+
+class AnswerScores(TextMetric):
+    """Exact match, VQA accuracy where several people answered, and accuracy of what is true or false."""
+
+    def score(self, predictions: list[str], references: list[list[str]]):
+        scores = {"exact_match": exact_match(predictions, references)}
+        if any(len(people) > 1 for people in references):
+            scores["vqa_accuracy"] = vqa_accuracy(predictions, references)
+        truth = true_false_accuracy(predictions, references)
+        return scores if math.isnan(truth) else scores | {"true_false_accuracy": truth}
+
+
+class CaptionScores(TextMetric):
+    """CIDEr-D, BLEU-4, and, where names are given, in how many captions the right one stands."""
+
+    def score(self, predictions: list[str], references: list[list[str]], names: list[str] | None = None):
+        scores = {"cider": cider(predictions, references), "bleu4": bleu(predictions, references)}
+        return scores if names is None else scores | {"named": named_share(predictions, names)}
+
+
 METRICS = {
     "knn_accuracy": KNNAccuracy,
     "hierarchy_accuracy": HierarchyAccuracy,
@@ -167,6 +213,8 @@ METRICS = {
     "mean_iou": MeanIoU,
     "coco_average_precision": CocoAveragePrecision,
     "retrieval_map": RetrievalMap,
+    "answer_scores": AnswerScores,
+    "caption_scores": CaptionScores,
 }
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modeling_ehm.training.recipes import Recipe, read_recipe
-from modeling_ehm.training.tasks import classify, detect, low_shot, parts, pretrain, probe, retrieve, segment
+from modeling_ehm.training.tasks import align, classify, detect, low_shot, parts, pretrain, probe, retrieve, segment
 
 TASKS = {
     "pretrain": pretrain,
@@ -19,6 +19,7 @@ TASKS = {
     "detect": detect,
     "retrieve": retrieve,
     "parts": parts,
+    "align": align,
 }
 
 
