@@ -547,6 +547,7 @@ def render_answers(examples: Sequence[tuple[Image.Image, str, str, str]], path: 
         )
         _show(axes, np.asarray(image.convert("RGB")))
         lines = [textwrap.shorten(f"asked: {question}", 200), f"said: {answer}", f"truth: {reference}"]
+        lines = ["".join(c if c.isprintable() else "\ufffd" for c in line) for line in lines]  # fonts have no others
         text = "\n".join(textwrap.fill(line, 52, subsequent_indent="  ") for line in lines)
         x, y = (left + side + gap) / width, 1 - (top + side / 2) / height
         figure.text(x, y, text, fontsize=7, va="center", color="0.2", parse_math=False)
