@@ -62,6 +62,7 @@ HEADLINES = {  # figures of the first table, by task; the others are in the seco
         "map_paste_small",
     ),
     "parts": ("ari", "iou"),
+    "align": ("exact_match", "true_false_accuracy", "named", "cider"),  # of alignment.py
 }
 
 

@@ -56,7 +56,7 @@ def test_times_are_minutes():
 
 def test_every_recipe_of_the_table_exists_and_every_task_has_headlines():
     assert all((ROOT / "configs" / f"{recipe}.yaml").exists() for recipe in downstream.RECIPES)
-    assert {recipe.split("/")[0] for recipe in downstream.RECIPES} == set(downstream.HEADLINES)
+    assert {recipe.split("/")[0] for recipe in downstream.RECIPES} == set(downstream.HEADLINES) - {"align"}
     assert set(downstream.HEADLINES) == set(TASKS) - {"pretrain"}
 
 

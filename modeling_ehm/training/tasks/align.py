@@ -47,7 +47,7 @@ from modeling_ehm.training.data import (
     open_samples,
 )
 from modeling_ehm.training.labelled import EvaluationImages, ImageData, LabelledRows, check_channels, image_processor
-from modeling_ehm.training.metrics import as_evaluate_metric
+from modeling_ehm.training.metrics import as_evaluate_metric, exact_match
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.recorded_trainer import RecordedTrainer
 from modeling_ehm.training.tasks import finetuning
@@ -147,7 +147,7 @@ def columns_of(source: ImageSource, where: str) -> dict[str, str]:
 
 
 class Texts:
-    """Columns of a row -> questions and answers, or turns. Classes are written by their names.
+    """Columns of a row -> questions and answers, or turns. Classes are written by their names, underscores as spaces.
 
     Args:
         kind: Of the source.
@@ -172,7 +172,7 @@ class Texts:
         if name in self.class_names and isinstance(value, int):
             if not 0 <= value < len(self.class_names[name]):
                 raise ConversationError(f"{name} {value} is not in [0, {len(self.class_names[name]) - 1}], the classes")
-            value = self.class_names[name][value]
+            value = self.class_names[name][value].replace("_", " ")
         if not isinstance(value, str) or not value.strip():
             raise ConversationError(f"the {name} is {value!r}; a text is expected")
         return value.strip()
@@ -337,7 +337,8 @@ class AlignmentTrainer(RecordedTrainer):
         joined: Model and processor.
         head: Learning rates of the parts.
         tuner: peft's, whose updates are added to the weights of the saved model; None if there is none.
-        tests: What is asked of each test row, by row; None asks nothing.
+        questions: What is asked at the end; None asks nothing.
+        renderer: How it is asked.
         args, kwargs: As for `RecordedTrainer`.
     """
 
@@ -375,11 +376,16 @@ def prepare(recipe: Recipe) -> AlignmentTrainer:
             "training.hub_strategy='every_save' would push checkpoints whose low-rank updates are not merged; set"
             " hub_strategy to end"
         )
+    if head.dtype == "bfloat16" and not args.bf16:
+        raise RecipeError("head.dtype='bfloat16' beside float32 weights in training needs training.bf16=true")
     joined = build(recipe, args)
     vision = joined.model.config.vision_config
     check_channels(vision, data.image_mean)
     set_trainable(joined.model, head)
     tuner = add_lora(joined.model, head) if head.language_model_training == "lora" else None
+    for parameter in joined.model.parameters():
+        if parameter.requires_grad:  # small steps would be rounded away in head.dtype
+            parameter.data = parameter.data.float()
     max_length = min(data.max_length or joined.max_length, joined.max_length)
     renderer = Renderer(
         joined.tokenizer,
@@ -396,6 +402,8 @@ def prepare(recipe: Recipe) -> AlignmentTrainer:
         questions = TestQuestions(data, renderer, pixels, max_length - head.max_new_tokens, size)
         test_set = questions.as_examples(max_length)
     run = finetuning.describe_run(recipe, args)
+    if questions is not None and questions.texts.kind == "questions":
+        run.references["exact_match"] = 100 * questions.share_of_commonest()
     run.begin(resume_from, args.world_size)
     trainer = AlignmentTrainer(
         joined,
@@ -513,6 +521,11 @@ class TestQuestions:
                     self.questions.append(TestQuestion(number, prompt, turns[-1].text, references, name))
             except ConversationError as error:
                 raise ValueError(f"{data.test.path}: row {number}: {error}") from None
+
+    def share_of_commonest(self) -> float:
+        """Exact match of whoever gives the commonest answer to every question."""
+        commonest = Counter(question.references[0] for question in self.questions).most_common(1)[0][0]
+        return exact_match([commonest] * len(self.questions), [question.references for question in self.questions])
 
     def as_examples(self, max_length: int) -> EvaluationImages:
         """The test rows as training examples, for the loss; nothing is drawn."""

@@ -212,6 +212,21 @@ def test_what_learns_is_what_the_recipe_says(tmp_path, pretrained, first_stage, 
     assert len(fixed) == 3 and all(torch.equal(before[name], after[name]) for name in fixed)
 
 
+def test_frozen_weights_may_be_half_as_large(tmp_path, pretrained, language_model):
+    """The language model in bfloat16: what learns is float32, the updates of its layers too; it runs end to end."""
+    data = {"train": questions(tmp_path / "train.parquet"), "test": questions(tmp_path / "test.parquet")}
+    head = {"language_model": language_model, "dtype": "bfloat16", "language_model_training": "lora", "lora_rank": 2}
+    trainer = prepared(tmp_path, pretrained, data, head, {"bf16": True})
+    dtypes = {p.requires_grad: p.dtype for n, p in trainer.model.named_parameters() if "language_model" in n}
+    assert dtypes == {True: torch.float32, False: torch.bfloat16}
+    assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
+    run_task(tmp_path / "recipe.yaml")
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert next(w for n, w in saved.items() if "q_proj" in n and "language" in n).dtype == torch.bfloat16
+    with pytest.raises(RecipeError, match="head.dtype='bfloat16' beside float32 weights in training needs"):
+        prepared(tmp_path, pretrained, data, head, {"bf16": False})
+
+
 def test_each_part_has_its_rate(tmp_path, pretrained, first_stage):
     data = {"train": questions(tmp_path / "train.parquet")}
     head = {"language_model_training": "full", "train_tower": True, "vision_feature_layer": -1}

@@ -1,0 +1,96 @@
+"""Align small language models with several towers under the same data, and write one table.
+
+    python benchmarks/alignment.py docs/results/alignment EHM=outputs/tin64_ehm MAE=outputs/tin64_random
+
+For each task a small language model is made of its texts alone (`tiny_language_model.py`), once, and aligned with each
+tower; columns are added for random weights of the first tower's architecture ("untrained"), and for the same model
+that sees grey instead of every image ("blind"). Writes OUT_STEM.json and the tables into OUT_STEM.md, between two
+marks. What is finished in the work folder is not run again.
+"""
+
+import argparse
+import datetime
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from downstream import ROOT, as_markdown, machine, make_untrained, run_one, times_table, write_tables
+
+from modeling_ehm import EHMConfig
+
+TASKS = {  # recipes, one after the other, each from the directory that the one before left
+    "easy_vqa": ("align/easy_vqa_projector", "align/easy_vqa_instructions"),
+    "nlvr": ("align/nlvr",),
+    "tin40_captions": ("align/tin40_captions",),
+}
+
+
+def make_language_model(task: str, work: Path, steps: int, seed: int) -> Path:
+    """The task's language model, made if there is none in the work folder."""
+    folder = work / f"{task}_lm-seed-{seed}-steps-{steps}"
+    if not (folder / "model.safetensors").exists():
+        recipe = ROOT / "configs" / f"{TASKS[task][0]}.yaml"
+        script = ROOT / "benchmarks" / "tiny_language_model.py"
+        command = [sys.executable, script, folder, recipe, "--steps", steps, "--seed", seed]
+        subprocess.run([str(part) for part in command], check=True)
+    return folder
+
+
+def run_task(task: str, column: str, tower: Path, language_model: Path, seed: int, work: Path, settings: list) -> dict:
+    """Figures of the last recipe of a task; `wall_seconds` are those of all its recipes."""
+    overrides = [*settings, *(["data.blind=true"] if column == "blind" else [])]
+    start, seconds, results = tower, 0.0, {}
+    for number, recipe in enumerate(TASKS[task]):
+        folder = work / column / recipe.replace("/", "-") / f"seed-{seed}"
+        more = [f"head.language_model={language_model}"] if number == 0 else []
+        results = run_one(recipe, start, seed, folder, [*overrides, *more])
+        start, seconds = folder, seconds + results["wall_seconds"]
+        print(f"{recipe}, {column}, seed {seed}: {results['wall_seconds'] / 60:.1f} minutes", flush=True)
+    return results | {"wall_seconds": seconds}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out_stem", type=Path)
+    parser.add_argument("towers", nargs="+", metavar="NAME=CHECKPOINT_DIR")
+    parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--language-model-steps", type=int, default=400)
+    parser.add_argument("--work", type=Path, default=Path("outputs/alignment"), help="folder of the runs")
+    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="overrides of every recipe")
+    options = parser.parse_args()
+    towers = {name: Path(folder) for name, _, folder in (t.partition("=") for t in options.towers)}
+    first = next(iter(towers.values()))
+    towers["untrained"] = make_untrained(EHMConfig.from_pretrained(first), options.work, seed=0)
+    towers["blind"] = first
+    results: dict[str, dict[str, list[dict]]] = {}
+    for task in options.tasks:
+        name = TASKS[task][-1]
+        results[name] = {column: [] for column in towers}
+        for seed in options.seeds:
+            language_model = make_language_model(task, options.work, options.language_model_steps, seed)
+            for column, tower in towers.items():
+                one = run_task(task, column, tower, language_model, seed, options.work, options.set)
+                results[name][column].append(one)
+    options.out_stem.parent.mkdir(parents=True, exist_ok=True)
+    options.out_stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    columns = list(towers)
+    text = f"""{datetime.date.today()}; {machine()}; seeds {options.seeds}.
+
+{as_markdown(results, columns, headline=True)}
+
+Steps of the last stage, and time of all stages:
+
+{times_table(results, columns)}
+
+All other figures:
+
+{as_markdown(results, columns, headline=False)}
+"""
+    write_tables(options.out_stem.with_suffix(".md"), text)
+    print(f"wrote {options.out_stem}.md and .json")
+
+
+if __name__ == "__main__":
+    main()
