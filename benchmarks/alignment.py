@@ -10,6 +10,7 @@ marks. What is finished in the work folder is not run again.
 
 import argparse
 import datetime
+import hashlib
 import json
 import subprocess
 import sys
@@ -27,11 +28,12 @@ TASKS = {  # recipes, one after the other, each from the directory that the one 
 
 
 def make_language_model(task: str, work: Path, steps: int, seed: int) -> Path:
-    """The task's language model, made if there is none in the work folder."""
-    folder = work / f"{task}_lm-seed-{seed}-steps-{steps}"
+    """The task's language model, made if the work folder has none of this recipe, script, seed and length."""
+    recipe = ROOT / "configs" / f"{TASKS[task][0]}.yaml"
+    script = ROOT / "benchmarks" / "tiny_language_model.py"
+    key = hashlib.sha256(recipe.read_bytes() + script.read_bytes()).hexdigest()[:8]
+    folder = work / f"{task}_lm-{key}-seed-{seed}-steps-{steps}"
     if not (folder / "model.safetensors").exists():
-        recipe = ROOT / "configs" / f"{TASKS[task][0]}.yaml"
-        script = ROOT / "benchmarks" / "tiny_language_model.py"
         command = [sys.executable, script, folder, recipe, "--steps", steps, "--seed", seed]
         subprocess.run([str(part) for part in command], check=True)
     return folder
@@ -61,6 +63,8 @@ def main() -> None:
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="overrides of every recipe")
     options = parser.parse_args()
     towers = {name: Path(folder) for name, _, folder in (t.partition("=") for t in options.towers)}
+    if added := {"untrained", "blind"} & towers.keys():
+        parser.error(f"{added.pop()!r} is the name of a column that is added; give the tower another")
     first = next(iter(towers.values()))
     towers["untrained"] = make_untrained(EHMConfig.from_pretrained(first), options.work, seed=0)
     towers["blind"] = first

@@ -56,7 +56,7 @@ class Conversations(torch.utils.data.Dataset):
         samples, texts = self.parts[position % len(self.parts)]
         sample = next(samples.candidates(position // len(self.parts)))
         asked = sample.columns.get("question")
-        count = max(2, len(asked) if isinstance(asked, list) else 1)
+        count = max(3, len(asked) if isinstance(asked, list) else 1)
         bits = keyed_bits(self.seed, 1, sample.pass_index, sample.sample_id, count=count)
         return [Turn(turn.role, turn.text) for turn in texts.turns(sample.columns, bits)]
 

@@ -4,13 +4,17 @@ Everything here is a pure function. The text is what the chat template of the la
 sees what `processor.apply_chat_template` gives at use; only answers, with the token that ends them, carry labels.
 """
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import jinja2
 from transformers import PreTrainedTokenizerBase
 
 IMAGE_PLACEHOLDER = "<image>"  # in the conversations of LLaVA's data
 IGNORED = -100  # label of tokens without a loss
+FIXED_DATE = "26 Jul 2024"  # for templates that write the date: texts must not change from day to day
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant", "system": "system"}
 
 # Puts the parts of a message, images and texts, into one string, as the templates of language models expect; an image
@@ -35,7 +39,7 @@ FLATTEN_PARTS = """\
 {%- set messages = flat.messages -%}
 """
 
-# LLaVA-1.5's prompts (Liu et al. 2024), those of Vicuna.
+# Vicuna's prompts, as LLaVA-1.5 has them (Liu et al. 2024); its system sentence is a message like any other.
 VICUNA_TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message.role == "system" -%}
@@ -106,6 +110,8 @@ def turns_of_messages(messages: Sequence[dict], has_image: bool) -> list[Turn]:
         if count and ROLES[name] != "user":
             raise ConversationError(f"message {number}, by {name!r}, holds {IMAGE_PLACEHOLDER}; only users show images")
         images += count
+        if count and any(turn.role == "user" for turn in turns):
+            raise ConversationError(f"message {number} holds {IMAGE_PLACEHOLDER}; it must stand in the first question")
         turns.append(Turn(ROLES[name], text.replace(IMAGE_PLACEHOLDER, "").strip(), image=count > 0))
     if images != int(has_image):
         raise ConversationError(
@@ -169,12 +175,13 @@ class Renderer:
     """Turns -> text of a language model's chat template, the image as `num_image_tokens` tokens.
 
     Args:
-        tokenizer: With `chat_template`, unless `plain`.
-        chat_template: The processor's, which takes images; see `processor_template`.
+        tokenizer: Of the language model, with the image token added.
+        chat_template: The processor's, which takes images; see `processor_template`. None if `plain`.
         image_token: How the image is written.
         num_image_tokens: N of the tower.
-        plain: No template: image, text, end token, as in LLaVA's first stage. For one turn with one answer; what the
-            user says is left out.
+        plain: No template: image, new line, text, end token, as in LLaVA's first stage. For one answer; what the user
+            says is left out.
+        end_token: What ends an answer in the template, see `end_of_answers`; None takes the tokenizer's end token.
     """
 
     def __init__(
@@ -184,12 +191,18 @@ class Renderer:
         image_token: str,
         num_image_tokens: int,
         plain: bool = False,
+        end_token: str | None = None,
     ):
         self.tokenizer, self.chat_template, self.plain = tokenizer, chat_template, plain
         self.image_token, self.num_image_tokens = image_token, num_image_tokens
+        self.end_token = end_token or tokenizer.eos_token
 
-    def text(self, turns: Sequence[Turn], prompt: bool = False) -> str:
-        """Text of turns; `prompt` adds what the assistant's answer begins with."""
+    def render(self, turns: Sequence[Turn], prompt: bool = False) -> str:
+        """Text of turns, the image as one token; `prompt` adds what the assistant's answer begins with.
+
+        Raises:
+            ConversationError: a text holds the image token, or the template refuses the turns.
+        """
         for turn in turns:
             if self.image_token in turn.text:
                 raise ConversationError(
@@ -200,35 +213,44 @@ class Renderer:
                 raise ConversationError("data.plain=True writes an image and one text, but the row has several answers")
             shown = "".join(self.image_token for turn in turns if turn.image)
             answers = "".join(turn.text + self.tokenizer.eos_token for turn in turns if turn.role == "assistant")
-            text = f"{self.tokenizer.bos_token or ''}{shown}\n{answers}"
-        else:
-            text = self.tokenizer.apply_chat_template(
+            return f"{self.tokenizer.bos_token or ''}{shown}\n{answers}"
+        try:
+            return self.tokenizer.apply_chat_template(
                 as_messages(turns),
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=prompt,
+                date_string=FIXED_DATE,
             )
+        except jinja2.TemplateError as error:
+            raise ConversationError(f"the chat template refuses the conversation: {error}") from None
+
+    def expand(self, text: str) -> str:
+        """The same text with all tokens of the image."""
         return text.replace(self.image_token, self.image_token * self.num_image_tokens)
 
     def answer_spans(self, turns: Sequence[Turn]) -> tuple[str, list[tuple[int, int]]]:
-        """Text, and (start, end) in characters of each answer with what ends it.
+        """Expanded text, and (start, end) in characters of each answer with the token that ends it.
 
         Raises:
             ConversationError: the template writes earlier turns differently once later ones follow, so that answers
                 cannot be found.
         """
-        whole, spans = self.text(turns), []
+        whole, spans = self.render(turns), []
+        grown = len(self.expand(whole)) - len(whole)  # the image stands in the first question, before all answers
         for number, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            before, after = self.text(turns[:number], prompt=True), self.text(turns[: number + 1])
+            before, after = self.render(turns[:number], prompt=True), self.render(turns[: number + 1])
             if not (after.startswith(before) and whole.startswith(after)):
                 raise ConversationError(
                     f"the chat template writes the first {number + 1} turns differently when more follow, so answers"
                     " cannot be told from questions; give another template as head.chat_template"
                 )
-            spans.append((len(before), len(after)))
-        return whole, spans
+            answer = after[len(before) :]
+            end = answer.rindex(self.end_token) + len(self.end_token) if self.end_token in answer else len(answer)
+            spans.append((len(before) + grown, len(before) + end + grown))
+        return self.expand(whole), spans
 
     def tokenize(self, text: str):
         """Tokens with `offset_mapping`; a begin token is added where the tokenizer does so and the text has none."""
@@ -248,40 +270,72 @@ class Renderer:
         Raises:
             ConversationError: image and first question alone leave no room for an answer.
         """
-        kept, cut = list(turns), None
-        first = 1 + (kept[0].role == "system")  # of the first answer
-        while True:
-            encoded = self._encode_all(kept)
-            if len(encoded.input_ids) <= max_length:
+        encoded, ends = self._encode_all(turns)
+        if ends[-1] <= max_length:  # behind the last answer templates may write more, which nothing depends on
+            return Encoded(encoded.input_ids[:max_length], encoded.labels[:max_length])
+        first = 1 + (turns[0].role == "system")  # of the first answer
+        for kept in range(max(1, sum(end <= max_length for end in ends)), 0, -1):
+            encoded, kept_ends = self._encode_all(turns[: first + 2 * kept - 1])
+            if kept_ends[-1] <= max_length:
                 break
-            if len(kept) > first + 1:
-                kept = kept[:-2]
-                cut = f"turns from {len(kept)} on, of {len(turns)}"
-                continue
-            labels = encoded.labels[:max_length]
-            if all(label == IGNORED for label in labels):
-                raise ConversationError(
-                    f"image and question alone have more than data.max_length={max_length} tokens"
-                    f" ({self.num_image_tokens} of the image); shorten the question, or raise max_length"
-                )
-            lost = len(encoded.input_ids) - max_length
-            cut = f"the last {lost} tokens of the first answer" + (f", and {cut}" if cut else "")
-            encoded = Encoded(encoded.input_ids[:max_length], labels)
-            break
-        return Encoded(encoded.input_ids, encoded.labels, cut)
+        cuts = [f"turns from {first + 2 * kept - 1} on, of {len(turns)}"] if kept < len(ends) else []
+        if (lost := kept_ends[-1] - max_length) > 0:
+            cuts = [f"the last {lost} tokens of the first answer", *cuts]
+        ids, labels = encoded.input_ids[:max_length], encoded.labels[:max_length]
+        if all(label == IGNORED for label in labels):
+            raise ConversationError(
+                f"image and question alone have {max_length} tokens or more, the limit of data.max_length"
+                f" ({self.num_image_tokens} are the image's); shorten the question, or raise max_length"
+            )
+        return Encoded(ids, labels, ", and ".join(cuts))
 
-    def _encode_all(self, turns: Sequence[Turn]) -> Encoded:
+    def _encode_all(self, turns: Sequence[Turn]) -> tuple[Encoded, list[int]]:
+        """Tokens and labels without a limit, and how many tokens there are up to the end of each answer."""
         text, spans = self.answer_spans(turns)
         tokens = self.tokenize(text)
         input_ids, labels = list(tokens["input_ids"]), [IGNORED] * len(tokens["input_ids"])
+        span_ends = [end for _, end in spans]
         for position, (start, end) in enumerate(tokens["offset_mapping"]):
-            if any(start < high and end > low for low, high in spans):  # none holds a token without characters
+            nearest = bisect_left(span_ends, start + 1)  # the first answer that ends behind the token's start
+            if nearest < len(spans) and end > max(start, spans[nearest][0]):
                 labels[position] = input_ids[position]
-        return Encoded(input_ids, labels)
+        starts = list(accumulate((start for start, _ in tokens["offset_mapping"]), max))
+        return Encoded(input_ids, labels), [bisect_left(starts, end) for end in span_ends]
 
     def encode_prompt(self, turns: Sequence[Turn]) -> list[int]:
         """Tokens of turns that end with the user's, and of what an answer begins with."""
-        return list(self.tokenize(self.text(turns, prompt=True))["input_ids"])
+        return list(self.tokenize(self.expand(self.render(turns, prompt=True)))["input_ids"])
+
+
+PROBE = "probe"
+
+
+def end_of_answers(renderer: Renderer) -> str:
+    """The special token that ends an answer in the template, found by a conversation of two questions.
+
+    Raises:
+        ConversationError: answers are ended by no special token, begin with something that nobody said, or are
+            written differently once more follows.
+    """
+    turns = [Turn("user", PROBE), Turn("assistant", PROBE)] * 2
+    before, after = renderer.render(turns[:1], prompt=True), renderer.render(turns[:2])
+    if not after.startswith(before) or not after[len(before) :].strip().startswith(PROBE):
+        raise ConversationError(
+            f"the chat template asks with {before!r} but writes {after!r}: the answer does not follow the prompt; give"
+            " another template as head.chat_template"
+        )
+    renderer.answer_spans(turns)
+    tail = after[len(before) :].strip()[len(PROBE) :]
+    special = set(renderer.tokenizer.all_special_tokens) | {
+        str(token) for token in renderer.tokenizer.added_tokens_decoder.values() if token.special
+    }
+    found = [token for token in special if token in tail]
+    if not found:
+        raise ConversationError(
+            f"the chat template ends an answer with {tail!r}, which is no special token, so that generation would not"
+            " stop; give a template that writes eos_token, or another such token, as head.chat_template"
+        )
+    return min(found, key=tail.index)
 
 
 def processor_template(chat_template: str, image_token: str) -> str:

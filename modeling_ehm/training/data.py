@@ -442,7 +442,7 @@ class SampledExamples(torch.utils.data.Dataset):
             failed.
     """
 
-    kind = "rows"  # what messages call them
+    kind, done = "rows", "used"  # what messages call them, and what was to be done with them
 
     def __init__(
         self,
@@ -474,7 +474,7 @@ class SampledExamples(torch.utils.data.Dataset):
     def __getitem__(self, position: int) -> dict:
         if not 0 <= position < self.num_positions:
             raise IndexError(f"position={position} is not in [0, {self.num_positions})")
-        assigned = None
+        assigned = last = None
         for sample in self.samples.candidates(position):
             # A replacement is varied by the key of the row it stands for, so it is nobody's duplicate.
             assigned = assigned or sample
@@ -483,9 +483,13 @@ class SampledExamples(torch.utils.data.Dataset):
                 content = self.read(sample, assigned)
             except Exception as error:  # Pillow raises nearly every type on broken files
                 self._skip(position, sample, error)
+                last = error
                 continue
             return self.make_example(content, assigned)
-        raise RuntimeError(f"none of the {self.kind} of data.train could be decoded; see {self.record}")
+        raise RuntimeError(
+            f"none of the {self.kind} of data.train could be {self.done}; the last: {type(last).__name__}: {last}. See"
+            f" {self.record}"
+        )
 
     def _skip(self, position: int, sample: Sample, error: Exception) -> None:
         self.skipped += 1
@@ -504,7 +508,7 @@ class SampledExamples(torch.utils.data.Dataset):
         # Three standard deviations of grace: a share just below the limit must not end a run by chance.
         if self.tried >= 100 and self.skipped > expected + 3 * expected**0.5:
             raise RuntimeError(
-                f"{self.skipped} of {self.tried} {self.kind} could not be decoded, more than"
+                f"{self.skipped} of {self.tried} {self.kind} could not be {self.done}, more than"
                 f" data.max_skipped_share={self.max_skipped_share}; the last: {type(error).__name__}: {error}."
                 f" See {self.record}; raise the share if that many broken {self.kind} are expected"
             )
@@ -525,7 +529,7 @@ class PretrainingImages(SampledExamples):
     Each example: `pixel_values` `(C, H, W)` uint8, `mask_seed` int.
     """
 
-    kind = "images"
+    kind, done = "images", "decoded"
 
     def __init__(
         self,

@@ -33,6 +33,7 @@ PUSHED_FILES = [
 ]
 VERSIONED = ("modeling_ehm", "torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors")
 RESUME_KEYS = ("seed", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+HEAD_PATHS = ("language_model", "projector", "chat_template")  # fields of heads that may name folders of the machine
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TASK_TEMPLATE = Path(__file__).with_name("task_card_template.md")
 PIPELINES = {  # of the Hub, by task
@@ -197,6 +198,9 @@ def _describe_settings(run: RunRecord) -> str:
     folders = ("resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config")
     training = {k: v for k, v in run.training.items() if not k.endswith("_dir") and k not in folders}
     model = {key: value for key, value in run.model.items() if key != "pretrained"}
+    if "head" in model:  # Hub ids stay, of folders and files the last part does
+        names = {key: Path(model["head"][key]) for key in HEAD_PATHS if model["head"].get(key)}
+        model["head"] = model["head"] | {key: path.name for key, path in names.items() if path.exists()}
     return yaml.safe_dump({"model": model, "data": run.augmentation, "training": training}, sort_keys=False).rstrip()
 
 

@@ -6,11 +6,13 @@ code. Source: LLaVA-1.5 (Liu et al. 2024): features of one layer, a two-layer ML
 Letters: N image tokens, D width of the tower.
 """
 
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -25,6 +27,7 @@ from transformers import (
     ViTModel,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from modeling_ehm.configuration_ehm import to_pair
 from modeling_ehm.conversion import quiet_loading, to_vit
@@ -47,8 +50,8 @@ class AlignmentHead:
             `model.pretrained`, which then is the directory of an earlier stage.
         language_model_revision: Commit of a Hub id.
         dtype: Of the language model's weights: "float32", or "bfloat16" to halve the memory of frozen ones.
-        chat_template: "vicuna" (LLaVA-1.5's prompts), or a file that holds a Jinja template; None takes the
-            tokenizer's.
+        chat_template: "vicuna" (LLaVA-1.5's prompts, without its system sentence), or a file that holds a Jinja
+            template; None takes the tokenizer's.
         pad_token: A token of the tokenizer that fills short texts, where it names none itself.
         projector: Directory of an aligned model whose projector to start from; None starts at random.
         vision_feature_layer: Layer of the tower whose patch tokens are read, counted as Python counts; several are
@@ -103,6 +106,13 @@ class AlignmentHead:
         for name in ("lora_rank", "lora_alpha", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"head.{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"head.lora_dropout={self.lora_dropout} must lie in [0, 1)")
+        for name in ("projector_learning_rate", "tower_learning_rate"):
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise ValueError(f"head.{name}={getattr(self, name)} must be positive, or null for learning_rate")
+        if self.language_model is None and self.language_model_revision is not None:
+            raise ValueError("head.language_model_revision without head.language_model names no commit of anything")
 
 
 @dataclass(frozen=True)
@@ -122,9 +132,16 @@ class VisionLanguage:
         return self.model.config.image_seq_length
 
     @property
-    def max_length(self) -> int:
-        """Tokens that the language model has positions for."""
-        return self.model.config.text_config.max_position_embeddings
+    def max_length(self) -> int | None:
+        """Tokens that the language model has positions for; None if its config does not say."""
+        return getattr(self.model.config.text_config, "max_position_embeddings", None)
+
+    def end_answers_with(self, token: str) -> None:
+        """Let generation, here and from the saved directory, stop at this token too."""
+        config, token_id = self.model.generation_config, self.tokenizer.convert_tokens_to_ids(token)
+        known = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+        known = [number for number in known if number is not None]
+        config.eos_token_id = known if token_id in known else [*known, token_id]
 
 
 # Building
@@ -140,10 +157,16 @@ def join(tower: EHMModel, image_processor, head: AlignmentHead, needs_template: 
         needs_template: Whether a language model without a chat template is refused.
 
     Raises:
-        RecipeError: no pad token or chat template; layers the tower lacks; a projector of another width; a language
-            model whose output is more than one matrix.
+        RecipeError: no pad token or chat template; layers the tower lacks; patches that are not square; a projector of
+            another width; a language model whose output is more than one matrix.
         OSError: no such language model.
     """
+    patch, across = to_pair(tower.config.patch_size)
+    if patch != across:
+        raise RecipeError(
+            f"patch_size={tower.config.patch_size} is not square, and LlavaProcessor counts the tokens of an image with"
+            " one side; pre-train a tower with square patches"
+        )
     language_model, tokenizer = load_language_model(head)
     template = find_template(tokenizer, head, needs_template)
     vit = with_pooler(to_vit(tower))
@@ -159,8 +182,13 @@ def join(tower: EHMModel, image_processor, head: AlignmentHead, needs_template: 
         vision_feature_select_strategy=head.vision_feature_select_strategy,
         tie_word_embeddings=language_model.config.tie_word_embeddings,
     )
+    if config.tie_word_embeddings and not hasattr(language_model.base_model, "embed_tokens"):
+        raise RecipeError(
+            f"head.language_model={head.language_model!r}: a {type(language_model).__name__} shares its output with"
+            " embeddings of a name that LLaVA does not know; take a model of the Llama, Mistral or Qwen kind"
+        )
     projector = LlavaMultiModalProjector(config)
-    initialize_projector(projector, config.text_config.initializer_range)
+    initialize_projector(projector, getattr(config.text_config, "initializer_range", 0.02))
     if head.projector is not None:
         load_projector(projector, head.projector)
     with torch.device("meta"):  # a frame, whose parts are all put in: nothing large is made twice
@@ -172,7 +200,7 @@ def join(tower: EHMModel, image_processor, head: AlignmentHead, needs_template: 
     processor = LlavaProcessor(
         image_processor=image_processor,
         tokenizer=tokenizer,
-        patch_size=to_pair(tower.config.patch_size)[0],
+        patch_size=patch,
         vision_feature_select_strategy=head.vision_feature_select_strategy,
         num_additional_image_tokens=1,  # the class token; "default" takes it off again
         chat_template=None if template is None else processor_template(template, IMAGE_PLACEHOLDER),
@@ -188,7 +216,9 @@ def load_joined(path_or_id: str, head: AlignmentHead) -> VisionLanguage:
         RecipeError: `head` asks for other features than those the projector knows.
     """
     with quiet_loading():
-        model = LlavaForConditionalGeneration.from_pretrained(path_or_id, dtype=getattr(torch, head.dtype))
+        model = LlavaForConditionalGeneration.from_pretrained(path_or_id, dtype=torch.float32)
+    model.model.language_model.to(getattr(torch, head.dtype))
+    model.lm_head.to(getattr(torch, head.dtype))
     processor = AutoProcessor.from_pretrained(path_or_id)
     for name in ("vision_feature_layer", "vision_feature_select_strategy"):
         asked, saved = getattr(head, name), getattr(model.config, name)
@@ -221,18 +251,21 @@ def load_language_model(head: AlignmentHead) -> tuple[PreTrainedModel, PreTraine
             f"head.language_model={name!r} is no directory that holds a language model and its tokenizer, nor could it"
             f" be read from the Hub: {error}"
         ) from None
+    where = f"head.language_model={name!r}: its tokenizer"
+    if not tokenizer.is_fast:
+        raise RecipeError(f"{where} cannot say where its tokens stand in a text; take a model with a tokenizer.json")
+    if tokenizer.eos_token is None:
+        raise RecipeError(f"{where} names no end token (eos_token), so answers would have no end; add one to it")
     if head.pad_token is not None:
         if head.pad_token not in tokenizer.get_vocab():
-            raise RecipeError(f"head.pad_token={head.pad_token!r} is not in the tokenizer of {name}")
+            raise RecipeError(f"head.pad_token={head.pad_token!r} is not among the tokens of {name}; name one that is")
         tokenizer.pad_token = head.pad_token
     if tokenizer.pad_token is None:
-        likely = [t for t in (tokenizer.unk_token, tokenizer.eos_token) if t is not None]
+        likely = tokenizer.unk_token or tokenizer.eos_token
         raise RecipeError(
-            f"the tokenizer of {name} names no pad token, with which short texts are filled; name one of its tokens as"
-            f" head.pad_token, for example {likely[0]!r}"
+            f"{where} names no pad token, with which short texts are filled; name one of its tokens as head.pad_token,"
+            f" for example {likely!r}"
         )
-    if tokenizer.eos_token is None:
-        raise RecipeError(f"the tokenizer of {name} names no end token, so answers would have no end")
     tokenizer.add_tokens([IMAGE_PLACEHOLDER], special_tokens=True)
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(len(tokenizer))
@@ -260,7 +293,7 @@ def find_template(tokenizer: PreTrainedTokenizerBase, head: AlignmentHead, neede
             f"the tokenizer of {head.language_model} has no chat template; set head.chat_template to vicuna or to a"
             " file with a Jinja template, or, for captions, data.plain=true"
         )
-    return tokenizer.chat_template
+    return tokenizer.get_chat_template() if tokenizer.chat_template is not None else None
 
 
 def with_pooler(vit: ViTModel) -> ViTModel:
@@ -289,10 +322,13 @@ def load_projector(projector: nn.Module, path_or_id: str) -> None:
     Raises:
         RecipeError: it is for another width.
     """
-    if AutoConfig.from_pretrained(path_or_id).model_type != "llava":
+    try:
+        kind = AutoConfig.from_pretrained(path_or_id).model_type
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"head.projector={path_or_id!r} cannot be read: {error}") from None
+    if kind != "llava":
         raise RecipeError(f"head.projector={path_or_id!r} is no aligned model; give the directory of an earlier stage")
-    with quiet_loading():
-        weights = LlavaForConditionalGeneration.from_pretrained(path_or_id).model.multi_modal_projector.state_dict()
+    weights = read_weights(path_or_id, "multi_modal_projector.")
     for name, parameter in projector.state_dict().items():
         if weights[name].shape != parameter.shape:
             raise RecipeError(
@@ -301,6 +337,23 @@ def load_projector(projector: nn.Module, path_or_id: str) -> None:
                 " the input of linear_1, the language model's width the rest. Leave head.projector out"
             )
     projector.load_state_dict(weights)
+
+
+def read_weights(path_or_id: str, part: str) -> dict[str, torch.Tensor]:
+    """Weights whose names hold `part`, by what stands behind it; other files of a large model are not read.
+
+    Raises:
+        OSError: no safetensors there.
+    """
+    index = cached_file(path_or_id, SAFE_WEIGHTS_INDEX_NAME, _raise_exceptions_for_missing_entries=False)
+    names = {SAFE_WEIGHTS_NAME}
+    if index is not None:
+        names = {file for key, file in json.loads(Path(index).read_text())["weight_map"].items() if part in key}
+    found = {}
+    for name in sorted(names):
+        with safe_open(cached_file(path_or_id, name), "pt") as file:
+            found |= {key.split(part)[1]: file.get_tensor(key) for key in file.keys() if part in key}  # noqa: SIM118
+    return found
 
 
 def check_layers(layers: int | list[int], num_hidden_layers: int) -> None:
@@ -312,22 +365,24 @@ def check_layers(layers: int | list[int], num_hidden_layers: int) -> None:
                 f" {num_hidden_layers}], the layers of the tower"
             )
     if layers == []:
-        raise RecipeError("head.vision_feature_layer=[] names no layer")
+        raise RecipeError("head.vision_feature_layer=[] names no layer; give one or several")
 
 
 @torch.no_grad()
 def check_joined(model: LlavaForConditionalGeneration, language_model: PreTrainedModel) -> None:
     """Raise a RecipeError unless the joined model writes what the language model writes: LLaVA's output is one matrix,
     without bias, scale or cap."""
+    biased = model.lm_head.bias is not None  # used here, but not saved
     ids = torch.arange(8, device=language_model.device)[None] % language_model.config.vocab_size
     modes = [(m, m.training) for m in (model, language_model)]
     model.eval(), language_model.eval()
     same = torch.allclose(model(input_ids=ids).logits, language_model(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
     for module, training in modes:
         module.train(training)
-    if not same:
+    if biased or not same:
         raise RecipeError(
-            f"{type(language_model).__name__} does more to its output than one matrix (a bias, a scale, a cap), which"
+            f"head.language_model: a {type(language_model).__name__} does more to its output than one matrix (a bias,"
+            " a scale, a cap), which"
             " LlavaForConditionalGeneration leaves out; take a language model of the Llama, Mistral or Qwen kind"
         )
 

@@ -11,6 +11,7 @@ from modeling_ehm.training.conversations import (
     Renderer,
     Turn,
     as_messages,
+    end_of_answers,
     processor_template,
     turns_of_messages,
     turns_of_questions,
@@ -79,6 +80,7 @@ def test_questions_and_answers_are_turns_with_the_image_first():
         ([LLAVA[0], LLAVA[1] | {"value": " \n"}], True, "turn 1, the assistant's, is empty"),
         ([LLAVA[0]], True, "ends with a question"),
         ([LLAVA[0], LLAVA[1] | {"value": "see <image>"}], True, "only users show images"),
+        ([*LLAVA[2:], *LLAVA[:2]], True, "message 2 holds <image>; it must stand in the first question"),
         ([LLAVA[0], {"from": "robot", "value": "red"}], True, r"message 1 is .*one of human, gpt"),
         ([LLAVA[0], {"from": "gpt", "value": None}], True, "message 1 is"),
     ],
@@ -123,7 +125,7 @@ def test_a_prompt_is_what_training_saw_before_the_answer():
 
 
 def test_vicuna_writes_what_llava_was_trained_with():
-    text = renderer_of(VICUNA_TEMPLATE, num_image_tokens=1).text(TWO[:2])
+    text = renderer_of(VICUNA_TEMPLATE, num_image_tokens=1).render(TWO[:2])
     assert text == "USER: <image>\nwhat colour is it? ASSISTANT: red<|end|>"
 
 
@@ -158,8 +160,55 @@ def test_whole_turns_are_cut_first_and_never_the_image():
     image = renderer.tokenizer.convert_tokens_to_ids(IMAGE_PLACEHOLDER)
     assert encoded.input_ids.count(image) == 3 and encoded.labels[-1] != IGNORED
     prompt = len(renderer.encode_prompt(TWO[:1]))
-    with pytest.raises(ConversationError, match=rf"more than data.max_length={prompt} tokens \(3 of the image\)"):
+    with pytest.raises(ConversationError, match=rf"have {prompt} tokens or more, .*\(3 are the image's\)"):
         renderer.encode(TWO, prompt)
+
+
+def test_what_stands_behind_the_last_answer_may_go():
+    """Templates like Qwen's write a new line behind each end token: it has no label, and losing it loses nothing."""
+    renderer = renderer_of(TEMPLATE.replace("'<|end|>'", "'<|end|>\\n'"))
+    whole = renderer.encode(TWO, 128)
+    assert labelled_texts(renderer, whole) == ["red<|end|>", "yes<|end|>"] and whole.labels[-1] == IGNORED
+    shorter = renderer.encode(TWO, len(whole.input_ids) - 1)
+    assert shorter.cut is None and shorter.input_ids == whole.input_ids[:-1]
+
+
+def test_long_conversations_are_cut_in_one_go():
+    """Sixty questions, of which what fits is kept: as many as fit if one counts."""
+    renderer = renderer_of()
+    turns = [*TWO[:2], *TWO[2:] * 60]
+    lengths = [len(renderer.encode(turns[: 2 * n], 10_000).input_ids) for n in range(1, 20)]
+    encoded = renderer.encode(turns, 100)
+    fitting = max(length for length in lengths if length <= 100)
+    assert len(encoded.input_ids) == fitting
+    assert encoded.cut == f"turns from {2 * (lengths.index(fitting) + 1)} on, of {len(turns)}"
+
+
+def test_the_end_of_answers_is_found():
+    """The special token behind the answer, whether or not it is the tokenizer's end token."""
+    assert end_of_answers(renderer_of()) == "<|end|>"
+    assert end_of_answers(renderer_of(VICUNA_TEMPLATE)) == "<|end|>"
+    assert end_of_answers(renderer_of(eos_token="<pad>")) == "<|end|>"
+
+
+@pytest.mark.parametrize(
+    "template, message",
+    [
+        (TEMPLATE.replace("<|end|>", "."), "ends an answer with '.', which is no special token"),
+        (TEMPLATE.replace("message.content", "'<think></think>' + message.content"), "the answer does not follow"),
+        ("{{ messages | length }}" + TEMPLATE, "differently when more follow|does not follow the prompt"),
+        ("{{ raise_exception('no') }}", "the chat template refuses the conversation: no"),
+    ],
+)
+def test_templates_that_cannot_be_learned_from_are_refused(template, message):
+    with pytest.raises(ConversationError, match=message):
+        end_of_answers(renderer_of(template))
+
+
+def test_no_template_writes_the_day():
+    """Texts must be the same on the day a run is resumed."""
+    template = "{%- if not date_string is defined %}{%- set date_string = strftime_now('%d %b %Y') %}{%- endif -%}"
+    assert renderer_of(template + "{{ date_string }}" + TEMPLATE).render(TWO[:1]).startswith("26 Jul 2024")
 
 
 def test_a_system_message_stays_when_turns_are_cut():

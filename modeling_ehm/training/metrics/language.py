@@ -17,7 +17,8 @@ def normalized(text: str) -> str:
 
     Source: the gist of the VQA evaluation (Antol et al. 2015); its table of contractions is left out.
     """
-    words = ARTICLES.sub(" ", PUNCTUATION.sub(" ", text.lower())).split()
+    plain = PUNCTUATION.sub(" ", text.lower())
+    words = ARTICLES.sub(" ", plain).split() or plain.split()  # "A" may be an answer
     return " ".join(DIGITS.get(word, word) for word in words)
 
 
@@ -51,25 +52,26 @@ def vqa_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]
 
 
 def true_false_accuracy(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """Share of right answers among questions whose reference is true, false, yes or no; anything else said is wrong.
+    """Share of right answers among questions whose reference, the commonest of several, is true, false, yes or no.
+
+    Whatever else is said, but for more behind a comma, is wrong.
 
     NaN if there is no such question.
     """
     _check_lengths(predictions, references)
     right = count = 0
     for text, accepted in zip(predictions, references, strict=True):
-        truth = _truth(accepted[0])
+        truth = _truth(Counter(accepted).most_common(1)[0][0])
         if truth is None:
             continue
         count += 1
-        right += _truth(text) is truth
+        right += _truth(text.split(",")[0]) is truth  # "Yes, it is"
     return right / count if count else math.nan
 
 
 def _truth(text: str) -> bool | None:
-    words = normalized(text).split()
-    first = words[0] if words else ""
-    return True if first in TRUE else False if first in FALSE else None
+    word = normalized(text)
+    return True if word in TRUE else False if word in FALSE else None
 
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], max_order: int = 4) -> float:

@@ -20,7 +20,7 @@ from accelerate.utils import gather_object
 from datasets import ClassLabel
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from modeling_ehm.configuration_ehm import to_pair
 from modeling_ehm.modeling_ehm import evaluation_mode
@@ -32,6 +32,7 @@ from modeling_ehm.training.conversations import (
     ConversationError,
     Renderer,
     Turn,
+    end_of_answers,
     turns_of_messages,
     turns_of_questions,
 )
@@ -46,7 +47,7 @@ from modeling_ehm.training.data import (
     keyed_bits,
     open_samples,
 )
-from modeling_ehm.training.labelled import EvaluationImages, ImageData, LabelledRows, check_channels, image_processor
+from modeling_ehm.training.labelled import ImageData, LabelledRows, check_channels, image_processor
 from modeling_ehm.training.metrics import as_evaluate_metric, exact_match
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.recorded_trainer import RecordedTrainer
@@ -115,6 +116,8 @@ class AlignmentData(ImageData):
         for name in ("max_turns", "max_length", "shuffle_window"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be at least 1")
+        if self.max_turns is not None and self.train.question_column is None:
+            raise ValueError(f"data.max_turns={self.max_turns} draws questions of data.train.question_column; name one")
         if not 0 <= self.max_skipped_share <= 1:
             raise ValueError(f"data.max_skipped_share={self.max_skipped_share} must lie in [0, 1]")
 
@@ -197,6 +200,17 @@ class Texts:
             for question, answer in zip(asked, given, strict=True)
         ]
 
+    def captions(self, columns: dict) -> list[str]:
+        """Captions of the row: one, or several.
+
+        Raises:
+            ConversationError: as `text`; none.
+        """
+        given = columns["text"] if isinstance(columns["text"], list) else [columns["text"]]
+        if not given:
+            raise ConversationError("the row holds no caption")
+        return [self.text("text", caption) for caption in given]
+
     def turns(self, columns: dict, bits) -> list[Turn]:
         """Turns of a row for training; what is drawn is drawn with `bits` `(n,)` uint64.
 
@@ -211,7 +225,8 @@ class Texts:
         if self.kind == "captions":
             template = self.data.templates[int(bits[0]) % len(self.data.templates)]
             prompt = "" if self.data.plain else self.data.prompts[int(bits[1]) % len(self.data.prompts)]
-            return turns_of_questions([prompt], [template.format(self.text("text", columns["text"]))], True)
+            captions = self.captions(columns)
+            return turns_of_questions([prompt], [template.format(captions[int(bits[2]) % len(captions)])], True)
         pairs = self.questions(columns)
         if self.data.max_turns is not None:
             pairs = [pairs[i] for i in bits[: len(pairs)].argsort(kind="stable")[: self.data.max_turns]]
@@ -227,9 +242,11 @@ class Texts:
         if self.kind == "questions":
             return [([Turn("user", q, image=True)], references, None) for q, references in self.questions(columns)]
         if self.kind == "captions":
-            name = self.text("text", columns["text"])
+            captions = self.captions(columns)
+            name = captions[0] if "text" in self.class_names or self.data.templates != ["{}"] else None
             prompt = "" if self.data.plain else self.data.prompts[0]
-            return [([Turn("user", prompt, image=True)], [t.format(name) for t in self.data.templates], name)]
+            references = [template.format(caption) for caption in captions for template in self.data.templates]
+            return [([Turn("user", prompt, image=True)], references, name)]
         turns = turns_of_messages(columns["conversations"] or [], columns["image"] is not None)
         asked = [number for number, turn in enumerate(turns) if turn.role == "assistant"]
         return [(turns[:number], [turns[number].text], None) for number in asked]
@@ -302,16 +319,22 @@ class AlignmentExamples(SampledExamples):
     @staticmethod
     def _draws(columns: dict) -> int:
         asked = columns.get("question")
-        return max(2, len(asked) if isinstance(asked, list) else 1)
+        return max(3, len(asked) if isinstance(asked, list) else 1)
 
 
 class Collator:
-    """Pad at the right: `input_ids`, `attention_mask`, `labels` `(B, T)`; `pixel_values` `(images, C, H, W)`."""
+    """Pad at the right: `input_ids`, `attention_mask`, `labels` `(B, T)`; `pixel_values` `(images, C, H, W)`.
 
-    def __init__(self, pad_token_id: int):
-        self.pad_token_id = pad_token_id
+    A batch of texts alone gets one more row, the example `grey`, which is an image and no answer: tower and projector
+    take part in every step, with a gradient of zero, as processes that wait for each other need it.
+    """
+
+    def __init__(self, pad_token_id: int, grey: dict | None = None):
+        self.pad_token_id, self.grey = pad_token_id, grey
 
     def __call__(self, examples: list[dict]) -> dict[str, Tensor]:
+        if self.grey is not None and not any("pixel_values" in example for example in examples):
+            examples = [*examples, self.grey]
         longest = max(len(example["input_ids"]) for example in examples)
         batch = {name: [] for name in ("input_ids", "attention_mask", "labels")}
         for example in examples:
@@ -368,8 +391,7 @@ class AlignmentTrainer(RecordedTrainer):
 
 def prepare(recipe: Recipe) -> AlignmentTrainer:
     """Build everything that the recipe names, up to the first step; all test rows are checked."""
-    args, resume_from = finetuning.start(recipe)
-    args.ddp_find_unused_parameters = True  # a batch of texts alone leaves the projector unused
+    args, resume_from = finetuning.start(recipe, AlignmentTrainingArguments)
     data, head = recipe.data, recipe.head
     if args.push_to_hub and args.hub_strategy == "every_save" and head.language_model_training == "lora":
         raise RecipeError(
@@ -386,21 +408,15 @@ def prepare(recipe: Recipe) -> AlignmentTrainer:
     for parameter in joined.model.parameters():
         if parameter.requires_grad:  # small steps would be rounded away in head.dtype
             parameter.data = parameter.data.float()
-    max_length = min(data.max_length or joined.max_length, joined.max_length)
-    renderer = Renderer(
-        joined.tokenizer,
-        joined.processor.chat_template,
-        joined.processor.image_token,
-        joined.num_image_tokens,
-        data.plain,
-    )
+    max_length = find_max_length(data, head, joined)
+    renderer = make_renderer(joined, data.plain)
     pixels = Pixels(joined.processor.image_processor, vision.num_channels, data)
     size = to_pair(vision.image_size)
     train = training_examples(recipe, args, renderer, pixels, max_length, size)
     questions = test_set = None
     if data.test is not None:
         questions = TestQuestions(data, renderer, pixels, max_length - head.max_new_tokens, size)
-        test_set = questions.as_examples(max_length)
+        test_set = TestExamples(questions)
     run = finetuning.describe_run(recipe, args)
     if questions is not None and questions.texts.kind == "questions":
         run.references["exact_match"] = 100 * questions.share_of_commonest()
@@ -414,11 +430,58 @@ def prepare(recipe: Recipe) -> AlignmentTrainer:
         args=args,
         train_dataset=train,
         eval_dataset=test_set,
-        data_collator=Collator(joined.tokenizer.pad_token_id),
+        data_collator=Collator(joined.tokenizer.pad_token_id, grey_example(joined)),
         run=run,
     )
     trainer.resume_from = resume_from
     return trainer
+
+
+def make_renderer(joined: VisionLanguage, plain: bool) -> Renderer:
+    """How conversations are written; the model learns to stop where the template ends an answer.
+
+    Raises:
+        RecipeError: a template that cannot be learned from.
+    """
+    tokenizer, template = joined.tokenizer, joined.processor.chat_template
+    renderer = Renderer(tokenizer, template, joined.processor.image_token, joined.num_image_tokens, plain)
+    if not plain:
+        try:
+            renderer.end_token = end_of_answers(renderer)
+        except ConversationError as error:
+            raise RecipeError(str(error)) from None
+    joined.end_answers_with(renderer.end_token)
+    return renderer
+
+
+def find_max_length(data: AlignmentData, head: AlignmentHead, joined: VisionLanguage) -> int:
+    """Longest text in tokens.
+
+    Raises:
+        RecipeError: more than the language model has positions for, or too few for an image and an answer.
+    """
+    known, asked, image = joined.max_length, data.max_length, joined.num_image_tokens
+    if known is None and asked is None:
+        raise RecipeError("data.max_length must be set: the language model's config names no max_position_embeddings")
+    if known is not None and asked is not None and asked > known:
+        raise RecipeError(
+            f"data.max_length={asked} exceeds the {known} positions of the language model; set it to less"
+        )
+    limit = asked or known
+    if limit <= image + head.max_new_tokens:
+        raise RecipeError(
+            f"{limit} tokens (data.max_length, or the language model's positions) do not hold the {image} of an image"
+            f" and head.max_new_tokens={head.max_new_tokens}; raise the limit, or take a smaller model.image_size"
+        )
+    return limit
+
+
+def grey_example(joined: VisionLanguage) -> dict:
+    """An image of zeros without an answer; see `Collator`."""
+    vision = joined.model.config.vision_config
+    ids = [joined.model.config.image_token_id] * joined.num_image_tokens
+    pixels = torch.zeros(vision.num_channels, *to_pair(vision.image_size))
+    return {"input_ids": ids, "labels": [IGNORED] * len(ids), "pixel_values": pixels}
 
 
 def build(recipe: Recipe, args: AlignmentTrainingArguments) -> VisionLanguage:
@@ -433,6 +496,10 @@ def build(recipe: Recipe, args: AlignmentTrainingArguments) -> VisionLanguage:
         if recipe.model:
             raise RecipeError(f"model: {recipe.pretrained!r} is aligned, and its tower stays; leave out {recipe.model}")
         joined = load_joined(recipe.pretrained, head)
+        for name in ("image_mean", "image_std"):
+            asked, saved = getattr(recipe.data, name), list(getattr(joined.processor.image_processor, name))
+            if asked != saved:
+                raise RecipeError(f"data.{name}={asked}, but {recipe.pretrained} was made with {saved}; set that")
     else:
         tower = load_encoder(recipe.pretrained, args.attn_implementation, **recipe.model)
         processor = image_processor(tower.config, recipe.data.image_mean, recipe.data.image_std)
@@ -507,36 +574,55 @@ class TestQuestions:
         features = {name: self.rows.features[name] for name in columns}
         self.texts = Texts(kind_of(data.test, "data.test"), features, data)
         self.questions: list[TestQuestion] = []
-        encoded = self.rows.dataset
+        self.examples: list[dict] = []
         for number in range(len(self.rows)):
-            row = encoded[number]
             try:
-                for turns, references, name in self.texts.tests(row):
-                    prompt = renderer.encode_prompt(turns)
-                    if len(prompt) > max_length:
-                        raise ConversationError(
-                            f"the question has {len(prompt)} tokens with its image; {max_length} are left beside"
-                            " head.max_new_tokens"
-                        )
-                    self.questions.append(TestQuestion(number, prompt, turns[-1].text, references, name))
-            except ConversationError as error:
-                raise ValueError(f"{data.test.path}: row {number}: {error}") from None
+                self._add(number, max_length)
+            except Exception as error:  # Pillow raises nearly every type on broken files
+                reason = error if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
+                raise ValueError(f"{data.test.path}: row {number}: {reason}") from None
+
+    def _add(self, number: int, max_length: int) -> None:
+        columns = self.rows.dataset[number]
+        if columns["image"] is not None:
+            self.pixels(columns["image"])  # so that a broken one is found before training
+        for turns, references, name in self.texts.tests(columns):
+            prompt = self.renderer.encode_prompt(turns)
+            if len(prompt) > max_length:
+                raise ConversationError(
+                    f"the question has {len(prompt)} tokens with its image; {max_length} are left beside"
+                    " head.max_new_tokens; shorten it, or raise data.max_length"
+                )
+            self.questions.append(TestQuestion(number, prompt, turns[-1].text, references, name))
+        bits = np.arange(10_000, dtype=np.uint64)  # nothing is drawn: first template, questions as they stand
+        encoded = self.renderer.encode(self.texts.turns(columns, bits), max_length)
+        self.examples.append({"input_ids": encoded.input_ids, "labels": encoded.labels})
+
+    def image(self, row: int) -> Tensor | None:
+        """`pixel_values` `(C, H, W)`, or None of a text alone."""
+        encoded = self.rows.dataset[row]["image"]
+        return None if encoded is None else self.pixels(encoded)
 
     def share_of_commonest(self) -> float:
         """Exact match of whoever gives the commonest answer to every question."""
         commonest = Counter(question.references[0] for question in self.questions).most_common(1)[0][0]
         return exact_match([commonest] * len(self.questions), [question.references for question in self.questions])
 
-    def as_examples(self, max_length: int) -> EvaluationImages:
-        """The test rows as training examples, for the loss; nothing is drawn."""
 
-        def example(columns: dict) -> dict:
-            bits = np.arange(10_000, dtype=np.uint64)  # first template and prompt, questions as they stand
-            encoded = self.renderer.encode(self.texts.turns(columns, bits), max_length)
-            made = {"input_ids": encoded.input_ids, "labels": encoded.labels}
-            return made | {"pixel_values": self.pixels.of_image(columns["image"])}
+class TestExamples(torch.utils.data.Dataset):
+    """The test rows as training examples, for the loss."""
 
-        return EvaluationImages(self.rows, example)
+    __test__ = False  # not pytest's
+
+    def __init__(self, questions: TestQuestions):
+        self.questions = questions
+
+    def __len__(self) -> int:
+        return len(self.questions.examples)
+
+    def __getitem__(self, row: int) -> dict:
+        pixels = self.questions.image(row)
+        return self.questions.examples[row] | ({} if pixels is None else {"pixel_values": pixels})
 
 
 @torch.no_grad()
@@ -550,6 +636,10 @@ def write_answers(
     progress_bar: bool = True,
 ) -> list[str]:
     """Greedy answers, one a question; `images(row)` gives pixel values `(C, H, W)` or None."""
+    saved = model.generation_config  # of its other settings, as penalties of repetition, none is wanted here
+    greedy = GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=saved.eos_token_id, pad_token_id=tokenizer.pad_token_id
+    )
     answers: list[str] = []
     order = sorted(range(len(questions)), key=lambda n: len(questions[n].prompt))  # little padding
     for start in tqdm(range(0, len(order), batch_size), desc="answers", disable=not progress_bar):
@@ -562,14 +652,7 @@ def write_answers(
         mask = torch.tensor([[0] * p + [1] * len(q.prompt) for p, q in zip(padding, chosen, strict=True)])
         pixels = [image for q in chosen if (image := images(q.row)) is not None]
         more = {"pixel_values": torch.stack(pixels).to(model.device)} if pixels else {}
-        written = model.generate(
-            input_ids=ids,
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            num_beams=1,
-            **more,
-        )
+        written = model.generate(input_ids=ids, attention_mask=mask.to(model.device), generation_config=greedy, **more)
         answers += tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)
     back = sorted(range(len(order)), key=order.__getitem__)
     return [answers[n].strip() for n in back]
@@ -581,7 +664,8 @@ def judge(kind: str, answers: list[str], questions: list[TestQuestion]) -> dict[
     if kind == "captions":
         metric = as_evaluate_metric("caption_scores")
         metric.add_batch(predictions=answers, references=references)
-        scores = metric.compute(names=[question.name for question in questions])
+        names = [question.name for question in questions]
+        scores = metric.compute(names=None if None in names else names)
         return {name: value if name == "cider" else 100 * value for name, value in scores.items()}
     metric = as_evaluate_metric("answer_scores")
     metric.add_batch(predictions=answers, references=references)
@@ -607,12 +691,13 @@ def execute(trainer: AlignmentTrainer) -> dict[str, float]:
     finally:
         trainer.train_dataset.close()
     trainer.merge_updates()
+    trainer.save_final_model()  # before anything else can fail
     figures = {}
     if trainer.questions is not None:
         evaluated = trainer.evaluate()
         figures = {"loss": evaluated["eval_loss"]} | ask_all(trainer)
         trainer.log({f"eval_{name}": value for name, value in figures.items()})
-    trainer.save_final_model()
+        trainer.create_model_card()  # with the figures
     trainer.save_state()
     if trainer.is_world_process_zero():
         report_records(Path(args.output_dir))
@@ -630,16 +715,12 @@ def ask_all(trainer: AlignmentTrainer) -> dict[str, float]:
     args, test, model = trainer.args, trainer.questions, trainer.bare_model
     mine = list(range(len(test.questions)))[args.process_index :: args.world_size]
 
-    def image(row: int) -> Tensor | None:
-        encoded = test.rows.dataset[row]["image"]
-        return None if encoded is None else test.pixels(encoded)
-
     with evaluation_mode(model), trainer.compute_loss_context_manager():
         answers = write_answers(
             model,
             trainer.joined.tokenizer,
             [test.questions[n] for n in mine],
-            image,
+            test.image,
             args.per_device_eval_batch_size,
             trainer.head.max_new_tokens,
             progress_bar=not args.disable_tqdm and args.process_index == 0,

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from transformers import set_seed
 
 from modeling_ehm.modeling_ehm import EHMBackbone
-from modeling_ehm.training.arguments import TaskTrainingArguments
+from modeling_ehm.training.arguments import ImageTrainingArguments, TaskTrainingArguments
 from modeling_ehm.training.checkpoints import find_checkpoint
 from modeling_ehm.training.data import ImageSource, describe_source
 from modeling_ehm.training.hub import RunRecord, is_figure
@@ -33,9 +33,11 @@ TRAINING_OPTIONS = (  # that tasks without training refuse
 )
 
 
-def start(recipe: Recipe) -> tuple[TaskTrainingArguments, str | None]:
+def start(
+    recipe: Recipe, arguments: type[ImageTrainingArguments] = TaskTrainingArguments
+) -> tuple[ImageTrainingArguments, str | None]:
     """Arguments of a run and the checkpoint folder it goes on from; seeds torch for the initial weights of the head."""
-    args = TaskTrainingArguments(**recipe.training)
+    args = arguments(**recipe.training)
     resume_from = find_checkpoint(args)
     set_seed(args.seed)  # before the model: the Trainer seeds too late for the initial weights
     return args, resume_from

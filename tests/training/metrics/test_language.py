@@ -20,6 +20,7 @@ def test_texts_are_compared_without_case_articles_and_punctuation():
     assert normalized("  The TWO  red cats, sitting. ") == "2 red cats sitting"
     assert exact_match(["A dog.", "cat", ""], [["the Dog"], ["dog"], ["yes"]]) == pytest.approx(1 / 3)
     assert exact_match(["grey"], [["gray", "grey"]]) == 1
+    assert exact_match(["", "a", "B"], [["A"], ["A"], ["b."]]) == pytest.approx(2 / 3)
 
 
 def test_vqa_accuracy_leaves_one_person_out():
@@ -36,11 +37,12 @@ def test_true_and_false_are_judged_alone():
     references = [["yes"], ["yes"], ["no"], ["red"], ["True"]]
     assert true_false_accuracy(predictions, references) == 2 / 4
     assert math.isnan(true_false_accuracy(["red"], [["red"]]))
+    assert math.isnan(true_false_accuracy(["no parking"], [["No Parking"]]))
+    assert true_false_accuracy(["no"], [["yes", "no", "no"]]) == 1
 
 
 def test_bleu_by_hand():
     """Papineni's example of clipping: 2 of 7; short texts pay exp(1 - 4 / 2)."""
-    assert bleu(["the the the the"], [["cat"]], 1) == 0  # articles are left out: nothing is said
     words = ["it it it it it it it"]
     assert bleu(words, [["it is on it"]], 1) == pytest.approx(2 / 7)
     assert bleu(["red cat"], [["red cat sat there"]], 2) == pytest.approx(math.exp(-1))

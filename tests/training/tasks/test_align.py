@@ -8,18 +8,23 @@ import sys
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import ClassLabel, Dataset, Features, Image, Sequence, Value
 from PIL import Image as PILImage
 from safetensors.torch import load_file
 from tiny_language import TEMPLATE, tiny_tokenizer, write_language_model
-from tiny_recipes import ROOT, child_environment, encode, losses_of, run_task, write_task_recipe
+from tiny_recipes import MODEL, ROOT, child_environment, encode, losses_of, run_task, write_task_recipe
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    AutoTokenizer,
+    CohereForCausalLM,
+    GPT2LMHeadModel,
     GPTNeoXForCausalLM,
+    PhiForCausalLM,
 )
 
-from modeling_ehm import EHMModel
+from modeling_ehm import EHMConfig, EHMForPreTraining, EHMModel
 from modeling_ehm.training.recipes import RecipeError
 from modeling_ehm.training.tasks import align, load_recipe
 
@@ -179,6 +184,31 @@ def test_a_spare_row_of_the_vocabulary_is_used(tmp_path, pretrained, language_mo
         assert joined.model.config.image_token_id == len(tokenizer)
 
 
+def test_answers_end_where_the_template_ends_them(tmp_path, pretrained):
+    """Chat models end turns with another token than their tokenizer's end of text: generation must stop there."""
+    folder = write_language_model(tmp_path / "chat", tiny_tokenizer(eos_token="<|system|>"))
+    source = captions(tmp_path / "t.parquet")
+    data = {"train": source, "test": source, "templates": ["it is {}"]}
+    head = {"language_model": folder, "language_model_training": "full", "train_tower": True, "max_new_tokens": 12}
+    figures = run_task(recipe_of(tmp_path, pretrained, data, head, {"max_steps": 100, "global_batch_size": 12}))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "out").generation_config.eos_token_id == ends
+    assert figures["loss"] < 0.5
+    lines = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    assert all(line["answer"].count("it is") == 1 for line in lines)
+
+
+def test_defaults_are_llavas(tmp_path, pretrained, language_model):
+    data = {"train": questions(tmp_path / "train.parquet")}
+    path = recipe_of(tmp_path, pretrained, data, {"language_model": language_model})
+    sections = yaml.safe_load(path.read_text())
+    del sections["training"]["warmup_steps"]
+    path.write_text(yaml.safe_dump(sections))
+    args = align.prepare(load_recipe(path)).args
+    assert (args.weight_decay, args.warmup_steps, args.max_grad_norm) == (0.0, 0.03, 1.0)
+
+
 # What learns
 
 
@@ -222,6 +252,12 @@ def test_frozen_weights_may_be_half_as_large(tmp_path, pretrained, language_mode
     assert all(p.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad)
     run_task(tmp_path / "recipe.yaml")
     saved = load_file(tmp_path / "out" / "model.safetensors")
+    (tmp_path / "second").mkdir()
+    again = prepared(tmp_path / "second", tmp_path / "out", data, {"dtype": "bfloat16"}, {"bf16": True}).joined.model
+    assert torch.equal(again.model.multi_modal_projector.linear_1.weight, saved["multi_modal_projector.linear_1.weight"]
+                       if "multi_modal_projector.linear_1.weight" in saved
+                       else saved["model.multi_modal_projector.linear_1.weight"])  # fmt: skip
+    assert again.lm_head.weight.dtype == torch.bfloat16
     assert next(w for n, w in saved.items() if "q_proj" in n and "language" in n).dtype == torch.bfloat16
     with pytest.raises(RecipeError, match="head.dtype='bfloat16' beside float32 weights in training needs"):
         prepared(tmp_path, pretrained, data, head, {"bf16": False})
@@ -308,6 +344,8 @@ def test_a_projector_is_taken_over(tmp_path, pretrained, language_model, first_s
         prepared(tmp_path, pretrained, data, head | {"vision_feature_layer": [-2, -1]})
     with pytest.raises(RecipeError, match="is no aligned model"):
         prepared(tmp_path, pretrained, data, head | {"projector": pretrained})
+    with pytest.raises(RecipeError, match="head.projector='no/where/at/all' cannot be read"):
+        prepared(tmp_path, pretrained, data, head | {"projector": "no/where/at/all"})
 
 
 # Rows
@@ -388,15 +426,32 @@ def test_unusable_rows_are_recorded_and_replaced(tmp_path, pretrained, language_
     assert {line["row"] for line in cut} == {5} and cut[0]["cut"].startswith("turns from ")
 
 
-def test_a_batch_of_texts_alone_has_no_images(tmp_path, pretrained, language_model):
+def test_a_batch_of_texts_alone_gets_a_grey_image(tmp_path, pretrained, language_model):
+    """One row more, without an answer: the loss is that of the texts, and the projector has a gradient, of zero."""
     source = conversations(tmp_path / "t.parquet", [TEXT_ALONE, TALK], [None, square("red")])
     trainer = prepared(tmp_path, pretrained, {"train": source}, {"language_model": language_model})
     examples = [trainer.train_dataset[n] for n in range(2)]
     alone = [e for e in examples if "pixel_values" not in e]
-    assert len(alone) == 1 and "pixel_values" not in trainer.data_collator(alone)
-    both = trainer.data_collator(examples)
+    assert len(alone) == 1
+    both, batch = trainer.data_collator(examples), trainer.data_collator(alone)
     assert both["pixel_values"].shape == (1, 3, 32, 32) and both["input_ids"].shape[0] == 2
     assert (both["labels"][both["attention_mask"] == 0] == -100).all()
+    assert batch["input_ids"].shape[0] == 2 and batch["pixel_values"].abs().max() == 0
+    model = trainer.model.eval()
+    ids = torch.tensor([alone[0]["input_ids"]])
+    expected = model(input_ids=ids, labels=torch.tensor([alone[0]["labels"]])).loss
+    loss = model(**batch).loss
+    assert loss.item() == pytest.approx(expected.item(), abs=1e-6)
+    loss.backward()
+    assert model.model.multi_modal_projector.linear_1.weight.grad.abs().max() == 0
+
+
+def test_texts_alone_are_learned_and_judged(tmp_path, pretrained, language_model):
+    source = conversations(tmp_path / "t.parquet", [TEXT_ALONE] * 4 + [TALK], [None] * 4 + [square("red")])
+    path = recipe_of(tmp_path, pretrained, {"train": source, "test": source}, {"language_model": language_model})
+    figures = run_task(path, "training.per_device_eval_batch_size=2", "training.global_batch_size=2")
+    assert {"loss", "exact_match", "true_false_accuracy"} == set(figures)
+    assert len((tmp_path / "out" / "answers.jsonl").read_text().splitlines()) == 5
 
 
 def test_test_rows_that_cannot_be_asked_are_named(tmp_path, pretrained, language_model):
@@ -426,7 +481,7 @@ def test_language_models_that_lack_something_are_refused(tmp_path, pretrained):
             prepared(tmp_path, pretrained, data, {"language_model": folder} | (head or {}))
 
     refused("pad", r"names no pad token.*head.pad_token, for example '<\|end\|>'", pad_token=None)
-    refused("wrong pad", "head.pad_token='<no>' is not in the tokenizer", {"pad_token": "<no>"}, pad_token=None)
+    refused("wrong pad", "head.pad_token='<no>' is not among the tokens", {"pad_token": "<no>"}, pad_token=None)
     refused("template", "has no chat template; set head.chat_template to vicuna", chat_template=None)
     refused("end", "names no end token", eos_token=None)
     refused("file", "neither 'vicuna' nor a file", {"chat_template": "nowhere.jinja"})
@@ -460,13 +515,42 @@ def test_what_is_missing_can_be_given(tmp_path, pretrained):
 
 def test_an_output_that_is_more_than_one_matrix_is_refused(tmp_path, pretrained, monkeypatch):
     """A language model that scales its logits would write otherwise under LLaVA's plain output."""
-    from transformers import CohereForCausalLM
-
     tokenizer = tiny_tokenizer()
     folder = write_language_model(tmp_path / "scaled", tokenizer, CohereForCausalLM, logit_scale=0.5)
     data = {"train": questions(tmp_path / "train.parquet")}
     with pytest.raises(RecipeError, match="CohereForCausalLM does more to its output than one matrix"):
         prepared(tmp_path, pretrained, data, {"language_model": folder})
+
+
+@pytest.mark.parametrize(
+    "model_class, fields, message",
+    [
+        (PhiForCausalLM, {}, "a PhiForCausalLM does more to its output than one matrix"),
+        (GPT2LMHeadModel, {"n_embd": 32, "n_layer": 1, "n_head": 2}, "a GPT2LMHeadModel shares its output"),
+    ],
+)
+def test_outputs_that_llava_cannot_save_are_refused(tmp_path, pretrained, model_class, fields, message):
+    """A bias would work here and be gone in the saved directory; GPT-2 names its embeddings otherwise."""
+    folder = write_language_model(tmp_path / "other", None, model_class, **fields)
+    data = {"train": questions(tmp_path / "train.parquet")}
+    with pytest.raises(RecipeError, match=message):
+        prepared(tmp_path, pretrained, data, {"language_model": folder})
+
+
+def test_patches_that_are_not_square_are_refused(tmp_path, language_model):
+    EHMForPreTraining(EHMConfig(**MODEL | {"patch_size": [8, 16]})).save_pretrained(tmp_path / "tower")
+    data = {"train": questions(tmp_path / "train.parquet")}
+    with pytest.raises(RecipeError, match=r"patch_size=\[8, 16\] is not square, and LlavaProcessor counts"):
+        prepared(tmp_path, tmp_path / "tower", data, {"language_model": language_model})
+
+
+def test_lengths_that_cannot_hold_an_image_are_refused(tmp_path, pretrained, language_model):
+    data = {"train": questions(tmp_path / "train.parquet")}
+    head = {"language_model": language_model}
+    with pytest.raises(RecipeError, match="data.max_length=500 exceeds the 128 positions of the language model"):
+        prepared(tmp_path, pretrained, data | {"max_length": 500}, head)
+    with pytest.raises(RecipeError, match="20 tokens .* do not hold the 16 of an image and head.max_new_tokens=4"):
+        prepared(tmp_path, pretrained, data | {"max_length": 20}, head)
 
 
 def test_other_kinds_of_language_models_are_joined(tmp_path, pretrained):
@@ -487,6 +571,8 @@ def test_a_second_stage_keeps_what_the_projector_knows(tmp_path, pretrained, fir
         prepared(tmp_path, first_stage, data, {"pad_token": "<pad>"})
     with pytest.raises(RecipeError, match="is aligned, and its tower stays; leave out {'image_size': 64}"):
         prepared(tmp_path, first_stage, data, {}, image_size=64)
+    with pytest.raises(RecipeError, match=r"data.image_std=\[1, 1, 1\], but .* was made with \[0.229"):
+        prepared(tmp_path, first_stage, data | {"image_std": [1, 1, 1]}, {})
     with pytest.raises(RecipeError, match="head.language_model is missing, and model.pretrained=.* is no aligned"):
         prepared(tmp_path, pretrained, data, {})
 
@@ -497,6 +583,9 @@ def test_a_second_stage_keeps_what_the_projector_knows(tmp_path, pretrained, fir
         ("head", {"language_model_training": "some"}, "head.language_model_training='some' is not one of frozen"),
         ("head", {"train_projector": False}, "head: nothing would learn"),
         ("head", {"dtype": "bfloat16", "language_model_training": "full"}, "head.dtype='bfloat16' with"),
+        ("head", {"lora_dropout": 1.5}, r"head.lora_dropout=1.5 must lie in \[0, 1\)"),
+        ("head", {"tower_learning_rate": -1.0}, "head.tower_learning_rate=-1.0 must be positive"),
+        ("data", {"max_turns": 2}, "data.max_turns=2 draws questions of data.train.question_column"),
         ("head", {"lora_rank": 0}, "head.lora_rank=0 must be at least 1"),
         ("data", {"templates": ["no gap"]}, "data.templates: 'no gap' must hold {} once"),
         ("data", {"prompts": []}, r"data.prompts=\[\] must hold"),
