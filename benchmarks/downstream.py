@@ -31,7 +31,7 @@ from modeling_ehm import EHMConfig, EHMForPreTraining
 from modeling_ehm.training.hub import sha256_of
 
 ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- tables: written by benchmarks/downstream.py -->", "<!-- end of tables -->"
+BEGIN, END = "<!-- tables: written by the command above -->", "<!-- end of tables -->"
 RECIPES = (  # the order of the table
     "classify/tin40",
     "probe/tin40",
@@ -185,8 +185,11 @@ def _cpu_info() -> list[str]:
 
 
 def write_tables(path: Path, text: str) -> None:
-    """Put the tables between the marks of a Markdown file, which is made if there is none."""
-    before, after = (path.read_text() if path.exists() else f"{BEGIN}\n{END}\n").split(BEGIN)
+    """Put the tables between the marks of a Markdown file; a file that is missing, or has none, gets them at its end."""
+    text_before = path.read_text() if path.exists() else ""
+    if BEGIN not in text_before:
+        text_before += f"{BEGIN}\n{END}\n"
+    before, after = text_before.split(BEGIN)
     path.write_text(f"{before}{BEGIN}\n\n{text}\n{END}{after.partition(END)[2]}")
 
 

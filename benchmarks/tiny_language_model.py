@@ -10,7 +10,6 @@ A byte-level BPE tokenizer with a chat template, and a Llama of some million wei
 import argparse
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -23,9 +22,9 @@ from transformers import (
 )
 
 from modeling_ehm.training.conversations import IMAGE_PLACEHOLDER, Renderer, Turn, processor_template
-from modeling_ehm.training.data import keyed_bits, open_samples
+from modeling_ehm.training.data import open_samples
 from modeling_ehm.training.tasks import load_recipe
-from modeling_ehm.training.tasks.align import Collator, Texts, columns_of, kind_of
+from modeling_ehm.training.tasks.align import Collator, Texts, columns_of, draws, kind_of
 
 TEMPLATE = """\
 {%- for message in messages -%}
@@ -55,10 +54,8 @@ class Conversations(torch.utils.data.Dataset):
     def turns(self, position: int) -> list[Turn]:
         samples, texts = self.parts[position % len(self.parts)]
         sample = next(samples.candidates(position // len(self.parts)))
-        asked = sample.columns.get("question")
-        count = max(3, len(asked) if isinstance(asked, list) else 1)
-        bits = keyed_bits(self.seed, 1, sample.pass_index, sample.sample_id, count=count)
-        return [Turn(turn.role, turn.text) for turn in texts.turns(sample.columns, bits)]
+        turns = texts.turns(sample.columns, draws(self.seed, sample, sample.columns))
+        return [Turn(turn.role, turn.text) for turn in turns]
 
 
 class Examples(torch.utils.data.Dataset):
@@ -143,7 +140,7 @@ def main() -> None:
     Trainer(model=model, args=arguments, train_dataset=examples, data_collator=Collator(tokenizer.pad_token_id)).train()
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
-    weights = sum(np.prod(parameter.shape) for parameter in model.parameters())
+    weights = model.num_parameters()
     print(f"wrote {weights / 1e6:.1f} million weights and {len(tokenizer)} tokens to {options.out}")
 
 

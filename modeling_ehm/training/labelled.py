@@ -248,9 +248,17 @@ def check_channels(config: EHMConfig, image_mean: list[float]) -> None:
         )
 
 
-def count_steps(args: ImageTrainingArguments, num_rows: int) -> None:
-    """Set `args.max_steps` from `num_train_epochs`, if the recipe does not give it."""
+def count_steps(args: ImageTrainingArguments, num_rows: int | None) -> None:
+    """Set `args.max_steps` from `num_train_epochs`, if the recipe does not give it.
+
+    Raises:
+        RecipeError: it does not, and the number of rows is not known.
+    """
     if args.max_steps <= 0:
+        if num_rows is None:
+            raise RecipeError(
+                "training.max_steps must be set: a stream has no length from which epochs could be counted"
+            )
         args.max_steps = max(1, int(args.num_train_epochs * num_rows) // args.images_per_step)
 
 

@@ -187,12 +187,11 @@ def join(tower: EHMModel, image_processor, head: AlignmentHead, needs_template: 
             f"head.language_model={head.language_model!r}: a {type(language_model).__name__} shares its output with"
             " embeddings of a name that LLaVA does not know; take a model of the Llama, Mistral or Qwen kind"
         )
-    projector = LlavaMultiModalProjector(config)
-    initialize_projector(projector, getattr(config.text_config, "initializer_range", 0.02))
-    if head.projector is not None:
-        load_projector(projector, head.projector)
     with torch.device("meta"):  # a frame, whose parts are all put in: nothing large is made twice
         model = LlavaForConditionalGeneration(config)
+    projector = LlavaMultiModalProjector(config).apply(model._init_weights)
+    if head.projector is not None:
+        load_projector(projector, head.projector)
     model.model.vision_tower, model.model.multi_modal_projector = vit, projector
     model.model.language_model, model.lm_head = language_model.base_model, language_model.get_output_embeddings()
     model.generation_config = language_model.generation_config
@@ -308,14 +307,6 @@ def with_pooler(vit: ViTModel) -> ViTModel:
     return pooled
 
 
-def initialize_projector(projector: nn.Module, std: float) -> None:
-    """Normal weights and zero biases, as LLaVA's class would draw them."""
-    for layer in (projector.linear_1, projector.linear_2):
-        nn.init.normal_(layer.weight, std=std)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
-
-
 def load_projector(projector: nn.Module, path_or_id: str) -> None:
     """Take over the projector of an aligned model.
 
@@ -382,8 +373,8 @@ def check_joined(model: LlavaForConditionalGeneration, language_model: PreTraine
     if biased or not same:
         raise RecipeError(
             f"head.language_model: a {type(language_model).__name__} does more to its output than one matrix (a bias,"
-            " a scale, a cap), which"
-            " LlavaForConditionalGeneration leaves out; take a language model of the Llama, Mistral or Qwen kind"
+            " a scale, a cap), which LlavaForConditionalGeneration leaves out; take a language model of the Llama,"
+            " Mistral or Qwen kind"
         )
 
 

@@ -121,6 +121,13 @@ def test_tables_are_put_between_their_marks(tmp_path):
     assert "second" in text and "first" not in text and text.count(downstream.BEGIN) == 1
 
 
+def test_a_page_without_marks_keeps_its_text(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text("# Title\n")
+    downstream.write_tables(path, "first")
+    assert path.read_text() == f"# Title\n{downstream.BEGIN}\n\nfirst\n{downstream.END}\n"
+
+
 def test_a_failed_run_names_its_log(tmp_path, monkeypatch):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     monkeypatch.setattr(downstream.subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1))

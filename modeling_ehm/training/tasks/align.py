@@ -47,7 +47,7 @@ from modeling_ehm.training.data import (
     keyed_bits,
     open_samples,
 )
-from modeling_ehm.training.labelled import ImageData, LabelledRows, check_channels, image_processor
+from modeling_ehm.training.labelled import ImageData, LabelledRows, check_channels, count_steps, image_processor
 from modeling_ehm.training.metrics import as_evaluate_metric, exact_match
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.recorded_trainer import RecordedTrainer
@@ -64,6 +64,7 @@ from modeling_ehm.training.vision_language import (
 
 logger = logging.getLogger(__name__)
 
+SKIPPED, CUT = "skipped_rows.jsonl", "cut_texts.jsonl"  # records in the output folder
 KINDS = {  # columns of a source, by what its rows are
     "conversations": ("conversations",),
     "questions": ("question", "answer"),
@@ -252,6 +253,13 @@ class Texts:
         return [(turns[:number], [turns[number].text], None) for number in asked]
 
 
+def draws(seed: int, key: Sample, columns: dict) -> np.ndarray:
+    """Numbers with which `Texts.turns` draws, `(n,)` uint64: a pure function of (seed, pass, row)."""
+    asked = columns.get("question")
+    count = max(3, len(asked) if isinstance(asked, list) else 1)  # template, prompt and caption, or one a question
+    return keyed_bits(seed, SAMPLE_STREAM, key.pass_index, key.sample_id, count=count)
+
+
 class Pixels:
     """Encoded image -> `pixel_values` `(C, H, W)` float32 as the image processor makes them; zeros if `blind`."""
 
@@ -293,16 +301,15 @@ class AlignmentExamples(SampledExamples):
         folder: Path | None = None,
         max_skipped_share: float = 0.01,
     ):
-        record = None if folder is None else folder / "skipped_rows.jsonl"
+        record = None if folder is None else folder / SKIPPED
         super().__init__(samples, num_positions, record, max_skipped_share)
         self.texts, self.pixels, self.renderer = texts, pixels, renderer
         self.max_length, self.seed = max_length, seed
-        self.cuts = None if folder is None else folder / "cut_texts.jsonl"
+        self.cuts = None if folder is None else folder / CUT
 
     def read(self, sample: Sample, key: Sample) -> dict:
         columns = sample.columns
-        bits = keyed_bits(self.seed, SAMPLE_STREAM, key.pass_index, key.sample_id, count=self._draws(columns))
-        encoded = self.renderer.encode(self.texts.turns(columns, bits), self.max_length)
+        encoded = self.renderer.encode(self.texts.turns(columns, draws(self.seed, key, columns)), self.max_length)
         example = {"input_ids": encoded.input_ids, "labels": encoded.labels}
         if columns["image"] is not None:
             example["pixel_values"] = self.pixels(columns["image"])
@@ -312,14 +319,6 @@ class AlignmentExamples(SampledExamples):
             with open(self.cuts, "ab", buffering=0) as file:  # one write a line: workers may append side by side
                 file.write((json.dumps(line) + "\n").encode())
         return example
-
-    def make_example(self, content: dict, key: Sample) -> dict:
-        return content
-
-    @staticmethod
-    def _draws(columns: dict) -> int:
-        asked = columns.get("question")
-        return max(3, len(asked) if isinstance(asked, list) else 1)
 
 
 class Collator:
@@ -361,14 +360,12 @@ class AlignmentTrainer(RecordedTrainer):
         head: Learning rates of the parts.
         tuner: peft's, whose updates are added to the weights of the saved model; None if there is none.
         questions: What is asked at the end; None asks nothing.
-        renderer: How it is asked.
-        args, kwargs: As for `RecordedTrainer`.
+        kwargs: As for `RecordedTrainer`.
     """
 
-    def __init__(self, joined: VisionLanguage, head: AlignmentHead, tuner, questions, renderer: Renderer, **kwargs):
+    def __init__(self, joined: VisionLanguage, head: AlignmentHead, tuner, questions, **kwargs):
         super().__init__(model=joined.model, processing_class=joined.processor, **kwargs)
-        self.joined, self.head, self.tuner = joined, head, tuner
-        self.questions, self.renderer = questions, renderer
+        self.joined, self.head, self.tuner, self.questions = joined, head, tuner, questions
 
     def create_optimizer(self, model=None):
         if self.optimizer is None:
@@ -393,6 +390,9 @@ def prepare(recipe: Recipe) -> AlignmentTrainer:
     """Build everything that the recipe names, up to the first step; all test rows are checked."""
     args, resume_from = finetuning.start(recipe, AlignmentTrainingArguments)
     data, head = recipe.data, recipe.head
+    if resume_from is None and args.process_index == 0:
+        for name in (SKIPPED, CUT):  # of an earlier run in this folder
+            (Path(args.output_dir) / name).unlink(missing_ok=True)
     if args.push_to_hub and args.hub_strategy == "every_save" and head.language_model_training == "lora":
         raise RecipeError(
             "training.hub_strategy='every_save' would push checkpoints whose low-rank updates are not merged; set"
@@ -415,7 +415,7 @@ def prepare(recipe: Recipe) -> AlignmentTrainer:
     train = training_examples(recipe, args, renderer, pixels, max_length, size)
     questions = test_set = None
     if data.test is not None:
-        questions = TestQuestions(data, renderer, pixels, max_length - head.max_new_tokens, size)
+        questions = TestQuestions(data, renderer, pixels, max_length, head.max_new_tokens, size)
         test_set = TestExamples(questions)
     run = finetuning.describe_run(recipe, args)
     if questions is not None and questions.texts.kind == "questions":
@@ -426,7 +426,6 @@ def prepare(recipe: Recipe) -> AlignmentTrainer:
         head,
         tuner,
         questions,
-        renderer,
         args=args,
         train_dataset=train,
         eval_dataset=test_set,
@@ -517,12 +516,7 @@ def training_examples(
     data = recipe.data
     columns = columns_of(data.train, "data.train")
     samples = open_samples(data.train, args.seed, data.shuffle_window, image_size, columns)
-    if args.max_steps <= 0:
-        if samples.samples_per_pass is None:
-            raise RecipeError(
-                "training.max_steps must be set: a stream has no length from which epochs could be counted"
-            )
-        args.max_steps = max(1, int(args.num_train_epochs * samples.samples_per_pass) // args.images_per_step)
+    count_steps(args, samples.samples_per_pass)
     features = {name: samples.dataset.features[name] for name in columns} if samples.dataset.features else {}
     return AlignmentExamples(
         samples,
@@ -558,7 +552,8 @@ class TestQuestions:
         data: Names the source.
         renderer: Turns to tokens.
         pixels: Images to tensors.
-        max_length: Longest prompt in tokens.
+        max_length: Longest text in tokens.
+        max_new_tokens: How many of them an answer may take.
         image_size: (height, width) of embedded synthetic images.
 
     Raises:
@@ -567,8 +562,17 @@ class TestQuestions:
 
     __test__ = False  # not pytest's
 
-    def __init__(self, data: AlignmentData, renderer: Renderer, pixels: Pixels, max_length: int, image_size):
+    def __init__(
+        self,
+        data: AlignmentData,
+        renderer: Renderer,
+        pixels: Pixels,
+        max_length: int,
+        max_new_tokens: int,
+        image_size: tuple[int, int],
+    ):
         self.renderer, self.pixels, self.data = renderer, pixels, data
+        self.max_length, self.longest_prompt = max_length, max_length - max_new_tokens
         columns = columns_of(data.test, "data.test")
         self.rows = LabelledRows(data.test, columns, image_size, pixels.num_channels, data.max_pixels)
         features = {name: self.rows.features[name] for name in columns}
@@ -577,25 +581,25 @@ class TestQuestions:
         self.examples: list[dict] = []
         for number in range(len(self.rows)):
             try:
-                self._add(number, max_length)
+                self._add(number)
             except Exception as error:  # Pillow raises nearly every type on broken files
                 reason = error if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
                 raise ValueError(f"{data.test.path}: row {number}: {reason}") from None
 
-    def _add(self, number: int, max_length: int) -> None:
+    def _add(self, number: int) -> None:
         columns = self.rows.dataset[number]
         if columns["image"] is not None:
             self.pixels(columns["image"])  # so that a broken one is found before training
         for turns, references, name in self.texts.tests(columns):
             prompt = self.renderer.encode_prompt(turns)
-            if len(prompt) > max_length:
+            if len(prompt) > self.longest_prompt:
                 raise ConversationError(
-                    f"the question has {len(prompt)} tokens with its image; {max_length} are left beside"
+                    f"the question has {len(prompt)} tokens with its image; {self.longest_prompt} are left beside"
                     " head.max_new_tokens; shorten it, or raise data.max_length"
                 )
             self.questions.append(TestQuestion(number, prompt, turns[-1].text, references, name))
         bits = np.arange(10_000, dtype=np.uint64)  # nothing is drawn: first template, questions as they stand
-        encoded = self.renderer.encode(self.texts.turns(columns, bits), max_length)
+        encoded = self.renderer.encode(self.texts.turns(columns, bits), self.max_length)
         self.examples.append({"input_ids": encoded.input_ids, "labels": encoded.labels})
 
     def image(self, row: int) -> Tensor | None:
@@ -673,7 +677,6 @@ def judge(kind: str, answers: list[str], questions: list[TestQuestion]) -> dict[
 
 
 USAGE = """
-import torch
 from transformers import pipeline
 
 answer = pipeline("image-text-to-text", model=repo)
@@ -755,7 +758,7 @@ def draw_answers(test: TestQuestions, answers: list[str], path: Path) -> None:
 
 def report_records(folder: Path) -> None:
     """Say how many rows were skipped and how many texts were cut, and where they are listed."""
-    for name, what in (("skipped_rows.jsonl", "rows were skipped"), ("cut_texts.jsonl", "texts were cut to fit")):
+    for name, what in ((SKIPPED, "rows were skipped"), (CUT, "texts were cut to fit")):
         path = folder / name
         if path.exists():
             count = len({json.loads(line)["sample_id"] for line in path.read_text().splitlines() if line})

@@ -30,7 +30,7 @@ from modeling_ehm.training.evaluation import (
     ProbeEvaluator,
 )
 from modeling_ehm.training.hub import RunRecord
-from modeling_ehm.training.labelled import check_channels, image_processor
+from modeling_ehm.training.labelled import check_channels, count_steps, image_processor
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.trainer import EHMTrainer
 
@@ -127,12 +127,7 @@ def training_images(data: DataArguments, args: EHMTrainingArguments, config: EHM
     """The training set: as many positions as the run has steps times images a step."""
     image_size = to_pair(config.image_size)
     samples = open_samples(data.train, args.seed, data.shuffle_window, image_size)
-    if args.max_steps <= 0:
-        if samples.samples_per_pass is None:
-            raise RecipeError(
-                "training.max_steps must be set: a stream has no length from which epochs could be counted"
-            )
-        args.max_steps = max(1, int(args.num_train_epochs * samples.samples_per_pass) // args.images_per_step)
+    count_steps(args, samples.samples_per_pass)
     return PretrainingImages(
         samples,
         data,

@@ -199,6 +199,30 @@ def test_answers_end_where_the_template_ends_them(tmp_path, pretrained):
     assert all(line["answer"].count("it is") == 1 for line in lines)
 
 
+def test_a_new_projector_is_drawn_as_the_library_draws_it(tmp_path, pretrained, language_model):
+    """Normal with the language model's standard deviation, biases zero, a function of the seed."""
+    data = {"train": questions(tmp_path / "train.parquet")}
+    projectors = [
+        prepared(tmp_path, pretrained, data, {"language_model": language_model}, {"seed": seed}).joined
+        for seed in (0, 0, 1)
+    ]
+    one, same, other = (joined.model.model.multi_modal_projector for joined in projectors)
+    assert one.linear_1.weight.std().item() == pytest.approx(0.02, rel=0.1) and one.linear_1.bias.abs().max() == 0
+    assert torch.equal(one.linear_2.weight, same.linear_2.weight)
+    assert not torch.equal(one.linear_2.weight, other.linear_2.weight)
+
+
+def test_the_card_and_the_records_are_this_runs(tmp_path, pretrained, language_model):
+    """No folder of the machine, and nothing that an earlier run skipped in the same folder."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "skipped_rows.jsonl").write_text('{"sample_id": 3}\n')
+    data = {"train": questions(tmp_path / "train.parquet")}
+    run_task(recipe_of(tmp_path, pretrained, data, {"language_model": language_model}))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"language_model: {language_model.name}\n" in card and str(language_model.parent) not in card
+    assert "pipeline_tag: image-text-to-text" in card and not (tmp_path / "out" / "skipped_rows.jsonl").exists()
+
+
 def test_defaults_are_llavas(tmp_path, pretrained, language_model):
     data = {"train": questions(tmp_path / "train.parquet")}
     path = recipe_of(tmp_path, pretrained, data, {"language_model": language_model})
