@@ -185,7 +185,7 @@ def _cpu_info() -> list[str]:
 
 
 def write_tables(path: Path, text: str) -> None:
-    """Put the tables between the marks of a Markdown file; a file that is missing, or has none, gets them at its end."""
+    """Put the tables between the marks of a Markdown file; where there are none they come at its end."""
     text_before = path.read_text() if path.exists() else ""
     if BEGIN not in text_before:
         text_before += f"{BEGIN}\n{END}\n"
