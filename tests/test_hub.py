@@ -15,7 +15,18 @@ import torch
 import yaml
 from conftest import BLOCK_PACKAGE
 from loopback_hub import LoopbackHub
-from tiny_recipes import PROBES, ROOT, SYNTHETIC, log_of, picture, write_recipe, write_task_recipe
+from tiny_language import write_language_model
+from tiny_recipes import (
+    PROBES,
+    ROOT,
+    SYNTHETIC,
+    encode,
+    log_of,
+    picture,
+    write_parquet,
+    write_recipe,
+    write_task_recipe,
+)
 from transformers import AutoImageProcessor
 
 from modeling_ehm import EHMModel
@@ -213,6 +224,47 @@ print(len(classify(sys.argv[1], top_k=20)))
     sha = pushed.hub.commits("alice/classifier")[-1].sha
     done = client(pushed.hub, tmp_path / "there", "-c", BLOCK_PACKAGE + program, tmp_path / "image.png", sha)
     assert done.returncode == 0 and done.stdout.split() == ["10"], done.stderr
+
+
+def test_an_aligned_model_is_pushed_whole(pushed, tmp_path):
+    """Aligned from the pushed checkpoint by its id; every commit answers as the run did, and holds no code to trust."""
+    encoded = [encode(picture(30 * number)) for number in range(8)]
+    files = write_parquet(tmp_path / "rows.parquet", encoded, name=["red", "green"] * 4)
+    source = {"path": "parquet", "data_files": files, "text_column": "name"}
+    data = {"train": source, "test": source, "templates": ["it is {}."]}
+    training = PUSHING | SAVING | {"hub_model_id": "alice/aligned"}
+    head = {"language_model": str(write_language_model(tmp_path / "language")), "language_model_training": "full"}
+    head |= {"max_new_tokens": 8}
+    recipe = write_task_recipe(tmp_path / "run" / "recipe.yaml", "align", REPO, data, training, head=head)
+    done = client(pushed.hub, tmp_path / "run", ROOT / "train_ehm.py", recipe)
+    assert done.returncode == 0, done.stderr
+    commits = [commit for commit in pushed.hub.commits("alice/aligned") if "config.json" in commit.files]
+    assert len(commits) >= 3  # two saves, and the end
+    for commit in commits:
+        names = set(commit.files)
+        expected = {"model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md"}
+        assert expected | {"processor_config.json"} <= names
+        assert not [name for name in names if name.endswith((".py", ".bin", ".pt", ".jsonl")) or "/" in name]
+        card = pushed.hub.read("alice/aligned", "README.md", commit.sha).decode()
+        assert f"`{REPO}`" in card and str(tmp_path) not in card
+    program = """
+import json
+from transformers import pipeline
+answers = {}
+for sha in sys.argv[2:]:
+    pipe = pipeline("image-text-to-text", model="alice/aligned", revision=sha)
+    content = [{"type": "image", "url": sys.argv[1]}, {"type": "text", "text": "Describe the image."}]
+    options = {"max_new_tokens": 8, "do_sample": False}
+    said = pipe(text=[{"role": "user", "content": content}], return_full_text=False, generate_kwargs=options)
+    answers[sha] = said[0]["generated_text"].strip()
+print(json.dumps(answers))
+"""
+    (tmp_path / "image.png").write_bytes(encoded[0])
+    shas = [commit.sha for commit in commits]
+    done = client(pushed.hub, tmp_path / "there", "-c", BLOCK_PACKAGE + program, tmp_path / "image.png", *shas)
+    assert done.returncode == 0, done.stderr
+    told = json.loads((tmp_path / "run" / "out" / "answers.jsonl").read_text().splitlines()[0])["answer"]
+    assert json.loads(done.stdout.splitlines()[-1])[shas[-1]] == told != ""
 
 
 def test_a_hub_that_is_down_in_between_does_not_end_the_run(tmp_path):
