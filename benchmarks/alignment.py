@@ -9,6 +9,7 @@ marks. What is finished in the work folder is not run again.
 """
 
 import argparse
+import concurrent.futures
 import datetime
 import hashlib
 import json
@@ -58,6 +59,7 @@ def main() -> None:
     parser.add_argument("towers", nargs="+", metavar="NAME=CHECKPOINT_DIR")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--jobs", type=int, default=1, help="columns at a time; set OMP_NUM_THREADS accordingly")
     parser.add_argument("--language-model-steps", type=int, default=400)
     parser.add_argument("--work", type=Path, default=Path("outputs/alignment"), help="folder of the runs")
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="overrides of every recipe")
@@ -74,13 +76,17 @@ def main() -> None:
         results[name] = {column: [] for column in towers}
         for seed in options.seeds:
             language_model = make_language_model(task, options.work, options.language_model_steps, seed)
-            for column, tower in towers.items():
-                one = run_task(task, column, tower, language_model, seed, options.work, options.set)
-                results[name][column].append(one)
+            with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+                running = {
+                    column: pool.submit(run_task, task, column, tower, language_model, seed, options.work, options.set)
+                    for column, tower in towers.items()
+                }
+            for column, finished in running.items():
+                results[name][column].append(finished.result())
     options.out_stem.parent.mkdir(parents=True, exist_ok=True)
     options.out_stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     columns = list(towers)
-    text = f"""{datetime.date.today()}; {machine()}; seeds {options.seeds}.
+    text = f"""{datetime.date.today()}; {machine()}; {options.jobs} run(s) at a time; seeds {options.seeds}.
 
 {as_markdown(results, columns, headline=True)}
 

@@ -2,7 +2,7 @@
 
     python benchmarks/tiny_language_model.py outputs/tiny_lm configs/align/easy_vqa_projector.yaml
 
-A byte-level BPE tokenizer with a chat template, and a Llama of some million weights, trained on the conversations of
+A byte-level BPE tokenizer with a chat template, and a Llama of about a million weights, trained on the conversations of
 `data.train`: what a model that never sees an image can know. Saved as any language model is, so that
 `head.language_model` may name it where nothing can be downloaded.
 """
@@ -97,8 +97,8 @@ def main() -> None:
     parser.add_argument("recipes", nargs="+")
     parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--hidden-size", type=int, default=192)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=144)
+    parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--vocab-size", type=int, default=1000, help="at most; few texts give fewer")
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
