@@ -9,15 +9,26 @@ marks. What is finished in the work folder is not run again.
 """
 
 import argparse
-import concurrent.futures
 import datetime
 import hashlib
 import json
 import subprocess
 import sys
+from functools import partial
+from itertools import product
 from pathlib import Path
 
-from downstream import ROOT, as_markdown, machine, make_untrained, run_one, times_table, write_tables
+from downstream import (
+    ROOT,
+    as_markdown,
+    complete,
+    machine,
+    make_untrained,
+    run_all,
+    run_one,
+    times_table,
+    write_tables,
+)
 
 from modeling_ehm import EHMConfig
 
@@ -49,7 +60,6 @@ def run_task(task: str, column: str, tower: Path, language_model: Path, seed: in
         more = [f"head.language_model={language_model}"] if number == 0 else []
         results = run_one(recipe, start, seed, folder, [*overrides, *more])
         start, seconds = folder, seconds + results["wall_seconds"]
-        print(f"{recipe}, {column}, seed {seed}: {results['wall_seconds'] / 60:.1f} minutes", flush=True)
     return results | {"wall_seconds": seconds}
 
 
@@ -70,19 +80,15 @@ def main() -> None:
     first = next(iter(towers.values()))
     towers["untrained"] = make_untrained(EHMConfig.from_pretrained(first), options.work, seed=0)
     towers["blind"] = first
-    results: dict[str, dict[str, list[dict]]] = {}
-    for task in options.tasks:
-        name = TASKS[task][-1]
-        results[name] = {column: [] for column in towers}
-        for seed in options.seeds:
-            language_model = make_language_model(task, options.work, options.language_model_steps, seed)
-            with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-                running = {
-                    column: pool.submit(run_task, task, column, tower, language_model, seed, options.work, options.set)
-                    for column, tower in towers.items()
-                }
-            for column, finished in running.items():
-                results[name][column].append(finished.result())
+    jobs = {}
+    for task, seed in product(options.tasks, options.seeds):
+        language_model = make_language_model(task, options.work, options.language_model_steps, seed)
+        for column, tower in towers.items():
+            jobs[TASKS[task][-1], column, seed] = partial(
+                run_task, task, column, tower, language_model, seed, options.work, options.set
+            )
+    runs, failures = run_all(jobs, options.jobs)
+    results = complete(runs, [TASKS[task][-1] for task in options.tasks], list(towers), options.seeds)
     options.out_stem.parent.mkdir(parents=True, exist_ok=True)
     options.out_stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     columns = list(towers)
@@ -100,6 +106,8 @@ All other figures:
 """
     write_tables(options.out_stem.with_suffix(".md"), text)
     print(f"wrote {options.out_stem}.md and .json")
+    if failures:
+        sys.exit(f"{len(failures)} runs failed")
 
 
 if __name__ == "__main__":

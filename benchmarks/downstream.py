@@ -21,6 +21,9 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -101,6 +104,31 @@ def run_one(recipe: str, checkpoint: Path, seed: int, folder: Path, overrides: l
     results["wall_seconds"] = time.perf_counter() - started
     done.write_text(json.dumps({"key": key.hexdigest(), "results": results}))
     return results
+
+
+def run_all(jobs: dict[tuple, Callable[[], dict]], at_a_time: int) -> tuple[dict[tuple, dict], list[str]]:
+    """Results of jobs by (recipe or task, column, seed), and what is to be said of those that failed."""
+    results, failures = {}, []
+    with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
+        running = {pool.submit(job): key for key, job in jobs.items()}
+        for finished in concurrent.futures.as_completed(running):
+            name, column, seed = key = running[finished]
+            if (error := finished.exception()) is not None:
+                failures.append(str(error))
+                print(f"FAILED {name}, {column}, seed {seed}: {error}", flush=True)
+            else:
+                results[key] = finished.result()
+                print(f"{name}, {column}, seed {seed}: {results[key]['wall_seconds'] / 60:.1f} minutes", flush=True)
+    return results, failures
+
+
+def complete(results: dict[tuple, dict], names: list[str], columns: list[str], seeds: list[int]) -> dict:
+    """Results by recipe or task and column, lists over seeds; of those names alone where no run is missing."""
+    return {
+        name: {column: [results[name, column, seed] for seed in seeds] for column in columns}
+        for name in names
+        if all((name, column, seed) in results for column in columns for seed in seeds)
+    }
 
 
 def is_headline(task: str, name: str) -> bool:
@@ -206,33 +234,13 @@ def main() -> None:
     checkpoints = {name: Path(folder) for name, _, folder in (c.partition("=") for c in options.checkpoints)}
     config = EHMConfig.from_pretrained(next(iter(checkpoints.values())))
     checkpoints["untrained"] = make_untrained(config, options.work, seed=0)
-    jobs = {
-        (recipe, column, seed): options.work / column / recipe.replace("/", "-") / f"seed-{seed}"
-        for recipe in options.recipes
-        for column in checkpoints
-        for seed in options.seeds
-    }
-    failures, all_results = [], {}
-    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
-        running = {
-            pool.submit(run_one, recipe, checkpoints[column], seed, folder, options.set): (recipe, column, seed)
-            for (recipe, column, seed), folder in jobs.items()
-        }
-        for finished in concurrent.futures.as_completed(running):
-            recipe, column, seed = running[finished]
-            if (error := finished.exception()) is not None:
-                failures.append(str(error))
-                print(f"FAILED {recipe}, {column}, seed {seed}: {error}", flush=True)
-            else:
-                results = finished.result()
-                all_results[running[finished]] = results
-                print(f"{recipe}, {column}, seed {seed}: {results['wall_seconds'] / 60:.1f} minutes", flush=True)
+    jobs = {}
+    for recipe, column, seed in product(options.recipes, checkpoints, options.seeds):
+        folder = options.work / column / recipe.replace("/", "-") / f"seed-{seed}"
+        jobs[recipe, column, seed] = partial(run_one, recipe, checkpoints[column], seed, folder, options.set)
+    all_results, failures = run_all(jobs, options.jobs)
     columns = list(checkpoints)
-    tables = {
-        recipe: {c: [all_results[recipe, c, s] for s in options.seeds] for c in columns}
-        for recipe in options.recipes
-        if all((recipe, c, s) in all_results for c in columns for s in options.seeds)
-    }
+    tables = complete(all_results, options.recipes, columns, options.seeds)
     options.out_stem.parent.mkdir(parents=True, exist_ok=True)
     options.out_stem.with_suffix(".json").write_text(json.dumps(tables, indent=1) + "\n")
     text = f"""{datetime.date.today()}; {machine()}; {options.jobs} run(s) at a time; seeds {options.seeds}.

@@ -133,3 +133,19 @@ def test_a_failed_run_names_its_log(tmp_path, monkeypatch):
     monkeypatch.setattr(downstream.subprocess, "run", lambda command, **kwargs: subprocess.CompletedProcess(command, 1))
     with pytest.raises(RuntimeError, match=r"classify/tin40 from .* failed; see .*log.txt"):
         downstream.run_one("classify/tin40", tmp_path, 0, tmp_path / "out", [])
+
+
+def test_a_failed_run_costs_its_own_row_alone(capsys):
+    """The others are run, told and tabled, seeds in the order asked for; the failure is told with its reason."""
+
+    def fail():
+        raise RuntimeError("see log.txt")
+
+    keys = [(name, column, seed) for name in ("a", "b") for column in ("EHM", "MAE") for seed in (0, 1)]
+    jobs = {key: (lambda key=key: results(float(key[2]))) for key in keys} | {("b", "MAE", 1): fail}
+    done, failures = downstream.run_all(jobs, at_a_time=3)
+    assert failures == ["see log.txt"] and done.keys() == set(keys) - {("b", "MAE", 1)}
+    printed = capsys.readouterr().out
+    assert "FAILED b, MAE, seed 1: see log.txt" in printed and "a, EHM, seed 0: 1.0 minutes" in printed
+    tables = downstream.complete(done, ["a", "b"], ["EHM", "MAE"], [1, 0])
+    assert tables.keys() == {"a"} and [one["figures"]["top1"] for one in tables["a"]["MAE"]] == [1.0, 0.0]
