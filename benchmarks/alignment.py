@@ -1,5 +1,6 @@
 """Align small language models with several towers under the same data, and write one table.
 
+    python benchmarks/nlvr_texts.py data/nlvr-mini/train.parquet outputs/nlvr_texts.parquet
     python benchmarks/alignment.py docs/results/alignment EHM=outputs/tin64_ehm MAE=outputs/tin64_random
 
 For each task a small language model is made of its texts alone (`tiny_language_model.py`), once, and aligned with each
@@ -31,22 +32,30 @@ from downstream import (
 )
 
 from modeling_ehm import EHMConfig
+from modeling_ehm.training.tasks import load_recipe
 
 TASKS = {  # recipes, one after the other, each from the directory that the one before left
     "easy_vqa": ("align/easy_vqa_projector", "align/easy_vqa_instructions"),
-    "nlvr": ("align/nlvr",),
+    "nlvr": ("align/nlvr_texts", "align/nlvr"),
     "tin40_captions": ("align/tin40_captions",),
 }
 
 
+def recipes_by_texts(task: str) -> list[Path]:
+    """Recipes of a task, without those that have the same texts as one before."""
+    paths = [ROOT / "configs" / f"{recipe}.yaml" for recipe in TASKS[task]]
+    texts = [load_recipe(path).data for path in paths]
+    return [path for n, path in enumerate(paths) if texts[n] not in texts[:n]]
+
+
 def make_language_model(task: str, work: Path, steps: int, seed: int) -> Path:
-    """The task's language model, made if the work folder has none of this recipe, script, seed and length."""
-    recipe = ROOT / "configs" / f"{TASKS[task][0]}.yaml"
+    """The task's language model, made if the work folder has none of these recipes, script, seed and length."""
+    recipes = recipes_by_texts(task)
     script = ROOT / "benchmarks" / "tiny_language_model.py"
-    key = hashlib.sha256(recipe.read_bytes() + script.read_bytes()).hexdigest()[:8]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in [*recipes, script])).hexdigest()[:8]
     folder = work / f"{task}_lm-{key}-seed-{seed}-steps-{steps}"
     if not (folder / "model.safetensors").exists():
-        command = [sys.executable, script, folder, recipe, "--steps", steps, "--seed", seed]
+        command = [sys.executable, script, folder, *recipes, "--steps", steps, "--seed", seed]
         subprocess.run([str(part) for part in command], check=True)
     return folder
 

@@ -1,0 +1,503 @@
+"""Write questions and answers about pictures of NLVR: texts made of the images, as LLaVA's instructions were.
+
+    python benchmarks/nlvr_texts.py data/nlvr-mini/train.parquet outputs/nlvr_texts.parquet
+
+The pictures are drawings of few kinds of shapes: what they show is read off their pixels. Of each are made descriptions
+of its boxes, numbers of things, and statements of the kind that people wrote, with whether they are true; what those
+people wrote and answered is not looked at. A statement that can be read in two ways of which one is true ("a box with
+two circles" of a box with three) is not made.
+"""
+
+import argparse
+import io
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from datasets import Dataset, Features, List, Value, load_dataset
+from datasets import Image as ImageFeature
+from numpy.random import Generator
+from PIL import Image
+from scipy import ndimage
+
+SIZE, BOX_SIDE, BOX_LEFTS = (400, 100), 100, (0, 150, 300)  # pixels
+COLORS = {"black": (0, 0, 0), "yellow": (255, 255, 0), "blue": (0, 153, 255)}
+SHAPES = {"square": (0.9, 1.0), "circle": (0.65, 0.85), "triangle": (0.45, 0.6)}  # filled shares of bounding boxes
+SIZES = {"small": (9, 10), "medium": (19, 20), "big": (29, 30)}  # sides of bounding boxes
+SOFT = 80  # a softened edge still counts as painted; triangles then are as high as they are wide, less one
+NEAR = 1  # pixels from a wall that it touches
+EACH, LOOKED_AT, MOST_UNSUCCESSFUL = 4, 200, 1000  # pictures a statement is true of, and false of; statements
+
+
+class Item(NamedTuple):
+    """A shape, and its bounding box in pixels of its grey box: x to the right, y down; right and bottom not in it."""
+
+    color: str
+    shape: str
+    size: str
+    left: int
+    top: int
+    right: int
+    bottom: int
+
+
+Box = list[Item]
+Truth = bool | None  # None: it depends on how the words are read
+Rule = Callable[[int], Truth]  # of a number
+Property = tuple[str, Callable[[Box], Truth]]  # words for what a box has, and whether it has it
+Statement = tuple[str, Callable[[list[Box]], Truth]]
+
+
+# Pictures
+
+
+def read_boxes(picture: Image.Image) -> list[Box]:
+    """What the three boxes of a picture hold, each from its top to its bottom.
+
+    Raises:
+        ValueError: another size, or something painted that is none of the shapes.
+    """
+    if picture.size != SIZE:
+        raise ValueError(f"a picture of {picture.size} pixels; NLVR's have {SIZE}")
+    pixels = np.asarray(picture.convert("RGB")).astype(int)
+    boxes = []
+    for start in BOX_LEFTS:
+        box = []
+        for color, rgb in COLORS.items():
+            parts, _ = ndimage.label(np.abs(pixels[:, start : start + BOX_SIDE] - rgb).max(-1) < SOFT)
+            for number, (rows, columns) in enumerate(ndimage.find_objects(parts), start=1):
+                filled = (parts[rows, columns] == number).mean()
+                shape = name_of(filled, SHAPES, "share that is filled")
+                size = name_of(columns.stop - columns.start, SIZES, "width")
+                box.append(Item(color, shape, size, columns.start, rows.start, columns.stop, rows.stop))
+        boxes.append(sorted(box, key=lambda item: (item.top, item.left)))
+    return boxes
+
+
+def name_of(value: float, ranges: dict[str, tuple[float, float]], what: str) -> str:
+    """The name whose range holds the value; a ValueError if none does."""
+    for name, (low, high) in ranges.items():
+        if low <= value <= high:
+            return name
+    raise ValueError(f"something painted has a {what} of {value:.3g}, which is in none of {ranges}")
+
+
+def are_towers(boxes: list[Box]) -> bool:
+    """Whether squares stand upon each other; else shapes are scattered."""
+    return all(item[1:4:2] == ("square", 40) for box in boxes for item in box)
+
+
+def walls(item: Item) -> set[str]:
+    """Walls of its box that an item touches."""
+    gaps = {"left": item.left, "top": item.top, "right": BOX_SIDE - item.right, "bottom": BOX_SIDE - item.bottom}
+    return {wall for wall, gap in gaps.items() if gap <= NEAR}
+
+
+# Parts of statements. What is drawn never depends on a picture, so that one statement can be judged of many
+
+
+class Kind(NamedTuple):
+    """Items of a kind: its name, in the singular and plural, and which items are meant."""
+
+    singular: str
+    plural: str
+    holds: Callable[[Item], bool]
+
+    def count(self, box: Iterable[Item]) -> int:
+        return sum(map(self.holds, box))
+
+
+def choose(rng: Generator, *words: str) -> str:
+    return words[rng.integers(len(words))]
+
+
+def draw_color(rng: Generator) -> str:
+    return choose(rng, *COLORS)
+
+
+def draw_colors(rng: Generator) -> list[str]:
+    """Two different ones."""
+    return [str(color) for color in rng.choice(list(COLORS), 2, replace=False)]
+
+
+def draw_things(rng: Generator, towers: bool) -> str:
+    return "blocks" if towers else choose(rng, "items", "objects")
+
+
+def draw_kind(rng: Generator, towers: bool, color: str | None = None) -> Kind:
+    """A kind of a colour or any, and, unless towers are spoken of, of a shape, a size and a place, or any."""
+    color = color or (draw_color(rng) if rng.random() < (0.95 if towers else 0.7) else None)
+    shape = choose(rng, *SHAPES) if not towers and rng.random() < 0.6 else None
+    size = choose(rng, *SIZES) if not towers and rng.random() < 0.1 else None
+    noun = shape or (choose(rng, "block", "block", "block", "item") if towers else choose(rng, "item", "object"))
+    before = "".join(f"{word} " for word in (size, color) if word)
+    place, stands = draw_place(rng) if not towers and rng.random() < 0.3 else ("", None)
+    wanted = (color, shape, size)
+
+    def holds(item: Item) -> bool:
+        named = all(word in (None, value) for word, value in zip(wanted, item, strict=False))
+        return named and (stands is None or stands(item))
+
+    return Kind(f"{before}{noun}{place}", f"{before}{noun}s{place}", holds)
+
+
+def draw_place(rng: Generator) -> tuple[str, Callable[[Item], bool]]:
+    """Words behind a kind, and which items stand there."""
+    wall, where = choose(rng, "wall", "edge", "side"), rng.integers(7)
+    touching = f" {choose(rng, 'closely ', '', '')}touching"
+    if where == 0:
+        return f" not touching {choose(rng, 'any', 'the')} {wall}", lambda item: not walls(item)
+    if where == 1:
+        return f"{touching} the {choose(rng, 'base', 'bottom', 'bottom edge')}", lambda item: "bottom" in walls(item)
+    if where == 2:
+        return f"{touching} the top", lambda item: "top" in walls(item)
+    if where == 3:
+        return f"{touching} {choose(rng, 'a', 'the')} corner", lambda item: len(walls(item)) > 1
+    if where == 4:
+        side = choose(rng, "left", "right")
+        return f"{touching} the {side} {wall}", lambda item: side in walls(item)
+    return f"{touching} {choose(rng, 'the', 'the', 'a')} {wall}", lambda item: bool(walls(item))
+
+
+def write_number(rng: Generator, number: int) -> str:
+    return choose(rng, str(number), ("one", "two", "three", "four", "five", "six")[number - 1])
+
+
+def draw_amount(rng: Generator, singular: str, plural: str, most: int) -> tuple[str, Rule]:
+    """So many of something: words, and the rule for how many there are."""
+    number = int(rng.integers(1, most + 1))
+    words = f"{write_number(rng, number)} {singular if number == 1 else plural}"
+    how = choose(rng, "exactly", "only", "at least", "at most", "no", "", "", "", "a", "a")
+    if how == "a":
+        return f"{'an' if singular[0] in 'aeiou' else 'a'} {singular}", lambda count: count >= 1
+    if how == "no":
+        return f"no {choose(rng, singular, plural)}", lambda count: count == 0
+    if how in ("exactly", "only"):
+        return f"{how} {words}", lambda count: count == number
+    if how == "at least":
+        return f"{how} {words}", lambda count: count >= number
+    if how == "at most":
+        return f"{how} {words}", lambda count: count <= number if count else None  # of none, nobody says so
+    return words, lambda count: None if count > number else count == number
+
+
+def there(words: str, plural: str) -> str:
+    return f"There {'are' if plural in words else 'is'} {words}"
+
+
+def any_of(truths: Iterable[Truth]) -> Truth:
+    """True if one is; else None if one is; else False."""
+    truths = list(truths)
+    return True if True in truths else None if None in truths else False
+
+
+def opposite(truth: Truth) -> Truth:
+    return None if truth is None else not truth
+
+
+def all_of(truths: Iterable[Truth]) -> Truth:
+    return opposite(any_of(map(opposite, truths)))
+
+
+def of_number(rule: Rule, truths: Iterable[Truth]) -> Truth:
+    """The rule, of how many truths are True; None if that depends on those that are None."""
+    truths = list(truths)
+    least = truths.count(True)
+    judged = {rule(count) for count in range(least, least + truths.count(None) + 1)}
+    return judged.pop() if len(judged) == 1 else None
+
+
+# Statements about boxes: which boxes, and what they have
+
+
+def draw_boxes(rng: Generator, towers: bool) -> tuple[str, Callable[[list[Truth]], Truth]]:
+    """Words with a gap, into which what boxes have is put, and the rule for the truths of the three."""
+    box = choose(rng, "tower", "tower", "tower", "box") if towers else choose(rng, "box", "box", "box", "grey square")
+    boxes = "boxes" if box == "box" else f"{box}s"
+    having, how = choose(rng, "with", "with", "with", "having", "which has", "that has"), rng.random()
+    if how < 0.45:
+        return f"There is a {box} {having} {{}}", any_of
+    if how < 0.75:
+        words, rule = draw_amount(rng, box, boxes, 3)
+        return f"{there(words, boxes)} {having} {{}}", lambda truths: of_number(rule, truths)
+    if how < 0.85:
+        number = int(rng.integers(1, 3))
+        lead = (
+            f"{('One', 'Two')[number - 1]} of the {choose(rng, '', 'three ')}{boxes} {choose(rng, 'has', 'contains')}"
+        )
+        return f"{lead} {{}}", lambda truths: of_number(lambda n: None if n > number else n == number, truths)
+    if how < 0.95:
+        return f"{choose(rng, 'Each', 'Every')} {box} has {{}}", all_of
+    return f"None of the {boxes} has {{}}", lambda truths: opposite(any_of(truths))
+
+
+def has_amount(rng: Generator, towers: bool) -> Property:
+    kind = draw_kind(rng, towers)
+    words, rule = draw_amount(rng, kind.singular, kind.plural, 4)
+    return words, lambda box: rule(kind.count(box))
+
+
+def has_pair(rng: Generator, towers: bool) -> Property:
+    kinds = [draw_kind(rng, towers, color) for color in draw_colors(rng)]
+    amounts = [draw_amount(rng, kind.singular, kind.plural, 3) for kind in kinds]
+    words = " and ".join(words for words, _ in amounts)
+    return words, lambda box: all_of(rule(kind.count(box)) for kind, (_, rule) in zip(kinds, amounts, strict=True))
+
+
+def has_total(rng: Generator, towers: bool) -> Property:
+    things = draw_things(rng, towers)
+    words, rule = draw_amount(rng, things.removesuffix("s"), things, 5)
+    return words, lambda box: rule(len(box))
+
+
+def has_share(rng: Generator, towers: bool) -> Property:
+    things, color, number = draw_things(rng, towers), draw_color(rng), int(rng.integers(2, 6))
+    part = int(rng.integers(1, number))
+    of_them = choose(rng, "and {} of them", "of which {}").format(write_number(rng, part))
+    words = f"{write_number(rng, number)} {things} {of_them} {'is' if part == 1 else 'are'} {color}"
+    return words, lambda box: len(box) == number and sum(item.color == color for item in box) == part
+
+
+def has_only(rng: Generator, towers: bool) -> Property:
+    colors = draw_colors(rng)[: rng.integers(1, 3)]
+
+    def only(box: Box) -> Truth:
+        found = {item.color for item in box}
+        return True if found == set(colors) else None if found and found < set(colors) else False
+
+    return f"only {' and '.join(colors)} {draw_things(rng, towers)}", only
+
+
+def has_colors(rng: Generator, towers: bool) -> Property:
+    number, things = int(rng.integers(1, 4)), draw_things(rng, towers)
+    words = "all {} of the same color" if number == 1 else f"{{}} of {write_number(rng, number)} different colors"
+
+    def holds(box: Box) -> Truth:
+        alone = number == 1 and len(box) == 1  # is one item alone of the same colour?
+        return None if alone else len({item.color for item in box}) == number
+
+    return words.format(things), holds
+
+
+def has_as_many(rng: Generator, towers: bool) -> Property:
+    first, second = draw_colors(rng)
+
+    def as_many(box: Box) -> Truth:
+        counts = [sum(item.color == color for item in box) for color in (first, second)]
+        return None if counts == [0, 0] else counts[0] == counts[1]
+
+    return f"the same number of {first} and {second} {draw_things(rng, towers)}", as_many
+
+
+def has_end(rng: Generator, towers: bool) -> Property:
+    """Of towers."""
+    color, (where, end) = draw_color(rng), draw_end(rng)
+    words = choose(rng, f"a {color} block at the {where}", f"a {color} block at the {where}", f"a {color} {where}")
+    return words, lambda box: bool(box) and box[end].color == color
+
+
+def has_height_and_end(rng: Generator, towers: bool) -> Property:
+    """Of towers."""
+    (height, tall), (end, holds) = has_total(rng, towers), has_end(rng, towers)
+    return f"{height} and {end}", lambda box: all_of((tall(box), holds(box)))
+
+
+def has_above(rng: Generator, towers: bool) -> Property:
+    """Of towers."""
+    upper, lower = draw_color(rng), draw_color(rng)
+    words = (
+        f"a {upper} block {choose(rng, 'on', 'over', 'above')} a {lower} block",
+        f"a {lower} block {choose(rng, 'under', 'below')} a {upper} block",
+    )
+
+    def holds(box: Box) -> Truth:
+        colors = [item.color for item in box]
+        apart = any(color == upper and lower in colors[n + 1 :] for n, color in enumerate(colors))
+        return (upper, lower) in zip(colors, colors[1:], strict=False) or (None if apart else False)
+
+    return choose(rng, words[0], *words), holds
+
+
+def draw_end(rng: Generator) -> tuple[str, int]:
+    """A word for an end of a tower, and its index from the top."""
+    return ("top", 0) if rng.random() < 0.5 else (choose(rng, "base", "bottom"), -1)
+
+
+OF_ALL_BOXES = (has_amount, has_amount, has_amount, has_pair, has_total, has_share, has_only, has_colors, has_as_many)
+OF_TOWERS = (has_end, has_end, has_end, has_height_and_end, has_above, has_above)
+
+
+def say_of_boxes(rng: Generator, towers: bool) -> Statement:
+    forms = OF_ALL_BOXES + (OF_TOWERS if towers else ())
+    lead, rule = draw_boxes(rng, towers)
+    words, holds = forms[rng.integers(len(forms))](rng, towers)
+    return lead.format(words), lambda boxes: rule([holds(box) for box in boxes])
+
+
+# Statements about a picture as a whole
+
+
+def say_total(rng: Generator, towers: bool) -> Statement:
+    kind = draw_kind(rng, towers)
+    words, rule = draw_amount(rng, kind.singular, kind.plural, 4)
+    return there(words, kind.plural), lambda boxes: rule(sum(map(kind.count, boxes)))
+
+
+def say_same_box(rng: Generator, towers: bool) -> Statement:
+    kind, box = draw_kind(rng, towers), choose(rng, "tower", "box") if towers else choose(rng, "box", "grey square")
+
+    def in_one(boxes: list[Box]) -> Truth:
+        counts = [kind.count(b) for b in boxes]
+        return None if sum(counts) < 2 else max(counts) == sum(counts)
+
+    return f"All {kind.plural} are in the same {box}", in_one
+
+
+def say_all_shapes(rng: Generator, towers: bool) -> Statement:
+    """Of scattered shapes."""
+    shape, color = choose(rng, *SHAPES), draw_color(rng)
+
+    def all_are(boxes: list[Box]) -> Truth:
+        found = [item.color for box in boxes for item in box if item.shape == shape]
+        return None if len(found) < 2 else set(found) == {color}
+
+    return f"All {shape}s are {color}", all_are
+
+
+def say_ends(rng: Generator, towers: bool) -> Statement:
+    """Of towers: colours of their ends, which may be those of towers of a height."""
+    color, (where, end) = draw_color(rng), draw_end(rng)
+    words, rule = draw_amount(rng, f"{color} block", f"{color} blocks", 3)
+    height, tall = has_total(rng, towers) if rng.random() < 0.4 else ("", lambda box: True)
+    sentence = f"{there(words, 'blocks')} as the {where} of a tower{height and ' with '}{height}"
+
+    def holds(boxes: list[Box]) -> Truth:
+        return of_number(rule, [tall(box) if box and box[end].color == color else False for box in boxes])
+
+    return sentence, holds
+
+
+def say_same_ends(rng: Generator, towers: bool) -> Statement:
+    """Of towers."""
+    (where, end), same = draw_end(rng), rng.random() < 0.5
+    sentence = f"The {where} blocks of the three towers are {'' if same else 'not '}the same in color"
+    return sentence, lambda boxes: (len({box[end].color for box in boxes if box}) == 1) == same
+
+
+def say_above(rng: Generator, towers: bool) -> Statement:
+    """Of towers."""
+    words, holds = has_above(rng, towers)
+    if rng.random() < 0.2:
+        return f"There is no {words.removeprefix('a ')}", lambda boxes: opposite(any_of(map(holds, boxes)))
+    return f"There is {choose(rng, '', '', 'at least one ') or 'a '}{words[2:]}", lambda boxes: any_of(
+        map(holds, boxes)
+    )
+
+
+SAID_OF_ALL = (*[say_of_boxes] * 8, say_total, say_total, say_total, say_same_box)
+SAID_OF_TOWERS = (say_ends, say_ends, say_same_ends, say_above)
+SAID_OF_SCATTERED = (say_all_shapes, say_total, say_total)
+
+
+def draw_statement(rng: Generator, towers: bool) -> Statement:
+    forms = SAID_OF_ALL + (SAID_OF_TOWERS if towers else SAID_OF_SCATTERED)
+    return forms[rng.integers(len(forms))](rng, towers)
+
+
+def vary(sentence: str, rng: Generator) -> str:
+    """The same as people write it: with or without capital and full stop."""
+    sentence = sentence if rng.random() < 0.7 else sentence[0].lower() + sentence[1:]
+    return sentence + ("." if rng.random() < 0.4 else "")
+
+
+def make_statements(pictures: list[list[Box]], mean_count: int, rng: Generator) -> list[dict[str, str]]:
+    """Of each picture statements, with "true" or "false": `mean_count` on average.
+
+    Each is true of as many pictures as it is false of, so that nothing follows from the words alone.
+
+    Raises:
+        ValueError: so many cannot be found.
+    """
+    made: list[dict[str, str]] = [{} for _ in pictures]
+    kinds = np.array([are_towers(boxes) for boxes in pictures])
+    groups = {towers: np.flatnonzero(kinds == towers) for towers in (True, False)}
+    missing, unsuccessful = mean_count * len(pictures), 0
+    while missing > 0:
+        towers = bool(kinds[rng.integers(len(pictures))])
+        sentence, truth = draw_statement(rng, towers)
+        found: dict[bool, list[int]] = {True: [], False: []}
+        for number in rng.permutation(groups[towers])[:LOOKED_AT]:
+            judged = truth(pictures[number])
+            if judged is not None and sentence not in made[number] and len(found[judged]) < EACH:
+                found[judged].append(number)
+            if len(found[True]) == len(found[False]) == EACH:
+                break
+        each = min(map(len, found.values()))
+        unsuccessful = 0 if each else unsuccessful + 1
+        if unsuccessful > MOST_UNSUCCESSFUL:
+            raise ValueError(f"{len(pictures)} pictures are too few or too alike for {mean_count} statements each")
+        for judged, numbers in found.items():
+            for number in numbers[:each]:
+                made[number][sentence] = "true" if judged else "false"
+        missing -= 2 * each
+    return [{vary(sentence, rng): answer for sentence, answer in statements.items()} for statements in made]
+
+
+# Descriptions and numbers
+
+
+def describe(boxes: list[Box]) -> dict[str, str]:
+    """What each box holds: the blocks of a tower from its top, or how many there are of each colour and shape."""
+    return {
+        f"What is in the {place} box?": contents(box, are_towers(boxes))
+        for place, box in zip(("left", "middle", "right"), boxes, strict=True)
+    }
+
+
+def contents(box: Box, tower: bool) -> str:
+    if tower:
+        return ", ".join(f"{item.color} block" for item in box)
+    counts = sorted(Counter((item.color, item.shape) for item in box).items())
+    return ", ".join(f"{n} {color} {shape}{'s' if n > 1 else ''}" for (color, shape), n in counts) or "nothing"
+
+
+def count_things(boxes: list[Box], count: int, rng: Generator) -> dict[str, str]:
+    """`count` questions how many there are of something, with the numbers."""
+    asked: dict[str, str] = {}
+    while len(asked) < count:
+        kind = draw_kind(rng, are_towers(boxes))
+        asked[f"How many {kind.plural} are there?"] = str(sum(map(kind.count, boxes)))
+    return asked
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pictures", type=Path, help="Parquet file with the column image")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--numbers", type=int, default=3, help="of each picture, at most a handful")
+    parser.add_argument("--statements", type=int, default=16, help="of each picture, on average")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rows = load_dataset("parquet", data_files=str(options.pictures), split="train").select_columns("image")
+    rows = rows.cast_column("image", ImageFeature(decode=False))
+    encoded = list({row["image"]["bytes"]: None for row in rows})  # one picture stands by several sentences
+    pictures = [read_boxes(Image.open(io.BytesIO(data))) for data in encoded]
+    rng = np.random.default_rng(options.seed)
+    # Rows of their own: a statement that stood behind a description would be judged by that, not by the picture.
+    described = [describe(boxes) | count_things(boxes, options.numbers, rng) for boxes in pictures]
+    texts = [*described, *make_statements(pictures, options.statements, rng)]
+    table = [
+        {"image": {"bytes": data, "path": None}, "question": list(asked), "answer": list(asked.values())}
+        for data, asked in zip([*encoded, *encoded], texts, strict=True)
+    ]
+    strings = List(Value("string"))
+    features = Features(image=ImageFeature(), question=strings, answer=strings)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    Dataset.from_list(table, features=features).to_parquet(str(options.out))
+    print(f"wrote {sum(map(len, texts))} questions and answers about {len(pictures)} pictures to {options.out}")
+
+
+if __name__ == "__main__":
+    main()

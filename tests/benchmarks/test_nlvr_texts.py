@@ -1,0 +1,194 @@
+"""Texts made of NLVR's pictures: what is read off a drawing, and what is said of it."""
+
+import importlib.util
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+from datasets import Dataset, load_dataset
+from datasets import Image as ImageFeature
+from PIL import Image, ImageDraw
+from tiny_recipes import ROOT
+
+PAINT = {"black": (0, 0, 0), "yellow": (255, 255, 0), "blue": (0, 153, 255)}
+
+
+@pytest.fixture(scope="module")
+def texts():
+    spec = importlib.util.spec_from_file_location("nlvr_texts", ROOT / "benchmarks" / "nlvr_texts.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def draw(*items: tuple[int, str, str, int, int, int]) -> Image.Image:
+    """A picture with (box, color, shape, side, left, top) drawn as NLVR's are: softened, on grey."""
+    times = 4
+    big = Image.new("RGB", (400 * times, 100 * times), (128, 128, 128))
+    pen = ImageDraw.Draw(big)
+    for start in (0, 150, 300):
+        pen.rectangle((start * times, 0, (start + 100) * times - 1, 100 * times), fill=(211, 211, 211))
+    for box, color, shape, side, left, top in items:
+        x, y, s = (150 * box + left) * times, top * times, side * times
+        area = (x, y, x + s - 1, y + s - 1)
+        if shape == "square":
+            pen.rectangle(area, fill=PAINT[color])
+        elif shape == "circle":
+            pen.ellipse(area, fill=PAINT[color])
+        else:
+            pen.polygon([(x, y + s - 1), (x + s // 2, y), (x + s - 1, y + s - 1)], fill=PAINT[color])
+    return big.resize((400, 100), Image.Resampling.BOX)
+
+
+SCATTERED = draw(
+    (0, "black", "square", 20, 0, 30),
+    (0, "yellow", "circle", 30, 50, 70),
+    (1, "blue", "triangle", 10, 40, 40),
+    (1, "blue", "triangle", 20, 60, 20),
+)
+TOWERS = draw(
+    (0, "blue", "square", 20, 40, 80),
+    (1, "black", "square", 20, 40, 59),
+    (1, "yellow", "square", 20, 40, 80),
+    (2, "black", "square", 20, 40, 38),
+    (2, "black", "square", 20, 40, 59),
+    (2, "blue", "square", 20, 40, 80),
+)
+
+
+def test_shapes_are_read_off_the_pixels(texts):
+    left, middle, right = texts.read_boxes(SCATTERED)
+    assert [item[:3] for item in left] == [("black", "square", "medium"), ("yellow", "circle", "big")]
+    assert [item[:3] for item in middle] == [("blue", "triangle", "medium"), ("blue", "triangle", "small")]
+    assert right == []
+    assert texts.walls(left[0]) == {"left"} and texts.walls(left[1]) == {"bottom"} and not texts.walls(middle[0])
+
+
+def test_towers_are_known_and_read_from_the_top(texts):
+    towers, scattered = texts.read_boxes(TOWERS), texts.read_boxes(SCATTERED)
+    assert texts.are_towers(towers) and not texts.are_towers(scattered)
+    assert texts.describe(towers) == {
+        "What is in the left box?": "blue block",
+        "What is in the middle box?": "black block, yellow block",
+        "What is in the right box?": "black block, black block, blue block",
+    }
+    assert texts.describe(scattered) == {
+        "What is in the left box?": "1 black square, 1 yellow circle",
+        "What is in the middle box?": "2 blue triangles",
+        "What is in the right box?": "nothing",
+    }
+
+
+def test_what_is_no_shape_is_refused(texts):
+    with pytest.raises(ValueError, match=r"\(100, 400\).*\(400, 100\)"):
+        texts.read_boxes(Image.new("RGB", (100, 400)))
+    with pytest.raises(ValueError, match="width of 40"):
+        texts.read_boxes(draw((0, "blue", "square", 40, 10, 10)))
+
+
+TRUE_OF_TOWERS = {  # of those above, written by hand; a statement that has two readings is None
+    "There are two blue blocks": True,
+    "There is 1 blue block": None,
+    "There are exactly 3 black blocks": True,
+    "There are at least 4 black blocks": False,
+    "There is no yellow block": False,
+    "There is a tower with only two blocks": True,
+    "There is a tower with no yellow block": True,
+    "There is a tower with 3 blocks and two of them are black": True,
+    "There is a tower with 3 blocks and one of them is yellow": False,
+    "There is a tower having a black block on a yellow block": True,
+    "There is a yellow block on a black block": False,
+    "There is no yellow block over a black block": True,
+    "There is a black block over a blue block": True,
+    "There is at least one blue block under a black block": True,
+    "There are exactly two towers with a black block at the top": True,
+    "Two of the three towers has a blue base": True,
+    "One of the three towers has a blue base": None,
+    "None of the towers has a yellow top": True,
+    "There are two blue blocks as the base of a tower": True,
+    "There is a blue block as the base of a tower with three blocks": True,
+    "There is a blue block as the base of a tower with exactly two blocks": False,
+    "The top blocks of the three towers are not the same in color": True,
+    "The base blocks of the three towers are the same in color": False,
+    "There is a tower with only blue blocks": True,
+    "There is a tower with only yellow blocks": False,
+    "Every tower has at least one blue block": False,
+    "Each tower has a blue block": False,
+    "There is a tower with the same number of black and yellow blocks": True,
+    "All black blocks are in the same tower": False,
+    "All yellow blocks are in the same tower": None,
+}
+
+
+def test_statements_are_judged_as_a_person_would(texts):
+    """Every sentence above is one that is drawn, and its truth is the one above."""
+    boxes, rng, left = texts.read_boxes(TOWERS), np.random.default_rng(0), dict(TRUE_OF_TOWERS)
+    for _ in range(300_000):
+        sentence, truth = texts.draw_statement(rng, towers=True)
+        sentence = sentence[0].upper() + sentence[1:].removesuffix(".")
+        if sentence in left:
+            assert truth(boxes) is left.pop(sentence), sentence
+        if not left:
+            break
+    assert not left
+
+
+@pytest.fixture(scope="module")
+def pictures(texts):
+    """Towers and scattered shapes at random."""
+    rng = np.random.default_rng(0)
+
+    def towers():
+        return [
+            (box, str(rng.choice(list(PAINT))), "square", 20, 40, 80 - 21 * n)
+            for box in range(3)
+            for n in range(rng.integers(1, 5))
+        ]
+
+    def scattered():
+        spots = [(x, y) for x in (0, 35, 69) for y in (0, 35, 69)]
+        chosen = [(box, *spots[n]) for box in range(3) for n in rng.permutation(9)[: rng.integers(1, 7)]]
+        names, sides = list(texts.SHAPES), [10, 20, 30]
+        paint = [(str(rng.choice(list(PAINT))), str(rng.choice(names)), int(rng.choice(sides))) for _ in chosen]
+        return [(box, *drawn, x, y) for (box, x, y), drawn in zip(chosen, paint, strict=True)]
+
+    return [draw(*(towers() if n % 2 else scattered())) for n in range(60)]
+
+
+def test_each_statement_is_true_as_often_as_false(texts, pictures):
+    """Words alone say nothing: what a blind model could learn of them is the share of true ones, a half."""
+    boxes = [texts.read_boxes(picture) for picture in pictures]
+    made = texts.make_statements(boxes, 10, np.random.default_rng(1))
+    assert sum(map(len, made)) >= 600
+    said = [
+        (sentence.lower().removesuffix("."), answer) for statements in made for sentence, answer in statements.items()
+    ]
+    answers = {word: Counter(sentence for sentence, answer in said if answer == word) for word in ("true", "false")}
+    assert answers["true"] == answers["false"]
+    again = texts.make_statements(boxes, 10, np.random.default_rng(1))
+    assert made == again
+
+
+def test_too_few_pictures_are_refused(texts, pictures):
+    boxes = [texts.read_boxes(pictures[0])] * 2
+    with pytest.raises(ValueError, match="2 pictures are too few"):
+        texts.make_statements(boxes, 10, np.random.default_rng(0))
+
+
+def test_the_file_holds_each_picture_once_with_each_sort_of_texts(pictures, tmp_path):
+    source = tmp_path / "pictures.parquet"
+    rows = {"image": [*pictures, pictures[0]], "sentence": ["not looked at"] * 61}
+    Dataset.from_dict(rows).cast_column("image", ImageFeature()).to_parquet(str(source))
+    command = [sys.executable, ROOT / "benchmarks" / "nlvr_texts.py", source, tmp_path / "texts.parquet"]
+    subprocess.run([*map(str, command), "--statements", "6"], check=True, capture_output=True)
+    made = load_dataset("parquet", data_files=str(tmp_path / "texts.parquet"), split="train", cache_dir=str(tmp_path))
+    assert len(made) == 120
+    for described, stated in zip(made.select(range(60)), made.select(range(60, 120)), strict=True):
+        assert described["image"] == stated["image"]
+        assert "not looked at" not in described["question"] + stated["question"]
+        assert described["question"][0] == "What is in the left box?" and len(described["answer"]) == 6
+        assert all(answer.isdigit() for answer in described["answer"][3:])
+        assert len(stated["question"]) == len(stated["answer"]) and {*stated["answer"]} <= {"true", "false"}
+    assert sum(map(len, made["answer"][60:])) >= 6 * 60
