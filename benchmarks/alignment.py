@@ -25,6 +25,7 @@ from downstream import (
     complete,
     machine,
     make_untrained,
+    parse_checkpoints,
     run_all,
     run_one,
     times_table,
@@ -49,12 +50,13 @@ def recipes_by_texts(task: str) -> list[Path]:
 
 
 def make_language_model(task: str, work: Path, steps: int, seed: int) -> Path:
-    """The task's language model, made if the work folder has none of these recipes, script, seed and length."""
+    """The task's language model, made if the work folder has none of these recipes, files, script, seed and length."""
     recipes = recipes_by_texts(task)
     script = ROOT / "benchmarks" / "tiny_language_model.py"
-    key = hashlib.sha256(b"".join(path.read_bytes() for path in [*recipes, script])).hexdigest()[:8]
+    files = [Path(load_recipe(path).data.train.data_files) for path in recipes]
+    key = hashlib.sha256(b"".join(path.read_bytes() for path in [*recipes, *files, script])).hexdigest()[:8]
     folder = work / f"{task}_lm-{key}-seed-{seed}-steps-{steps}"
-    if not (folder / "model.safetensors").exists():
+    if not (folder / "tokenizer.json").exists():  # which is written last
         command = [sys.executable, script, folder, *recipes, "--steps", steps, "--seed", seed]
         subprocess.run([str(part) for part in command], check=True)
     return folder
@@ -81,11 +83,15 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="columns at a time; set OMP_NUM_THREADS accordingly")
     parser.add_argument("--language-model-steps", type=int, default=400)
     parser.add_argument("--work", type=Path, default=Path("outputs/alignment"), help="folder of the runs")
-    parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="overrides of every recipe")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="section.key=value",
+        help="overrides of every recipe; the language model is made of the files that the recipes name",
+    )
     options = parser.parse_args()
-    towers = {name: Path(folder) for name, _, folder in (t.partition("=") for t in options.towers)}
-    if added := {"untrained", "blind"} & towers.keys():
-        parser.error(f"{added.pop()!r} is the name of a column that is added; give the tower another")
+    towers = parse_checkpoints(parser, options.towers, added=["untrained", "blind"])
     first = next(iter(towers.values()))
     towers["untrained"] = make_untrained(EHMConfig.from_pretrained(first), options.work, seed=0)
     towers["blind"] = first

@@ -79,6 +79,20 @@ def make_untrained(config: EHMConfig, work: Path, seed: int) -> Path:
     return folder
 
 
+def parse_checkpoints(parser: argparse.ArgumentParser, given: list[str], added: list[str]) -> dict[str, Path]:
+    """NAME=CHECKPOINT_DIR -> folders by names; `added` are the names of columns that are made beside them."""
+    folders: dict[str, Path] = {}
+    for text in given:
+        name, _, folder = text.partition("=")
+        if not name or not folder:
+            parser.error(f"{text!r} must be NAME=CHECKPOINT_DIR, the name being that of a column")
+        if name in folders or name in added:
+            why = "was given before" if name in folders else "is the name of a column that is added"
+            parser.error(f"{text!r}: {name!r} {why}; give the checkpoint another")
+        folders[name] = Path(folder)
+    return folders
+
+
 def run_one(recipe: str, checkpoint: Path, seed: int, folder: Path, overrides: list[str]) -> dict:
     """Results of one recipe from one checkpoint, from disk if the same was run before."""
     path = ROOT / "configs" / f"{recipe}.yaml"
@@ -231,7 +245,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("outputs/downstream"), help="folder of the runs")
     parser.add_argument("--set", nargs="+", default=[], metavar="section.key=value", help="overrides of every recipe")
     options = parser.parse_args()
-    checkpoints = {name: Path(folder) for name, _, folder in (c.partition("=") for c in options.checkpoints)}
+    checkpoints = parse_checkpoints(parser, options.checkpoints, added=["untrained"])
     config = EHMConfig.from_pretrained(next(iter(checkpoints.values())))
     checkpoints["untrained"] = make_untrained(config, options.work, seed=0)
     jobs = {}

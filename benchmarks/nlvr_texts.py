@@ -5,13 +5,16 @@
 The pictures are drawings of few kinds of shapes: what they show is read off their pixels. Of each are made descriptions
 of its boxes, numbers of things, and statements of the kind that people wrote, with whether they are true; what those
 people wrote and answered is not looked at. A statement that can be read in two ways of which one is true ("a box with
-two circles" of a box with three) is not made.
+two circles" of a box with three) is not made; "only two" and numbers of colours and of "of them" are meant exactly, as
+people mean them.
 """
 
 import argparse
 import io
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,9 +29,12 @@ SIZE, BOX_SIDE, BOX_LEFTS = (400, 100), 100, (0, 150, 300)  # pixels
 COLORS = {"black": (0, 0, 0), "yellow": (255, 255, 0), "blue": (0, 153, 255)}
 SHAPES = {"square": (0.9, 1.0), "circle": (0.65, 0.85), "triangle": (0.45, 0.6)}  # filled shares of bounding boxes
 SIZES = {"small": (9, 10), "medium": (19, 20), "big": (29, 30)}  # sides of bounding boxes
-SOFT = 80  # a softened edge still counts as painted; triangles then are as high as they are wide, less one
-NEAR = 1  # pixels from a wall that it touches
-EACH, LOOKED_AT, MOST_UNSUCCESSFUL = 4, 200, 1000  # pictures a statement is true of, and false of; statements
+SOFT = 80  # a softened edge still counts as painted
+TOWER_LEFT = 40  # pixels from the left wall to every tower
+EACH = 4  # pictures that a statement is true of, and as many that it is false of
+LOOKED_AT = 200  # pictures among which they are looked for
+MOST_UNSUCCESSFUL = 1000  # statements in a row for which none are found
+MOST_NUMBERS = 8  # different "how many", of towers: three colours or any, blocks or items
 
 
 class Item(NamedTuple):
@@ -57,7 +63,7 @@ def read_boxes(picture: Image.Image) -> list[Box]:
     """What the three boxes of a picture hold, each from its top to its bottom.
 
     Raises:
-        ValueError: another size, or something painted that is none of the shapes.
+        ValueError: another size; something black, yellow or blue that is none of the shapes, as two that touch.
     """
     if picture.size != SIZE:
         raise ValueError(f"a picture of {picture.size} pixels; NLVR's have {SIZE}")
@@ -68,10 +74,16 @@ def read_boxes(picture: Image.Image) -> list[Box]:
         for color, rgb in COLORS.items():
             parts, _ = ndimage.label(np.abs(pixels[:, start : start + BOX_SIDE] - rgb).max(-1) < SOFT)
             for number, (rows, columns) in enumerate(ndimage.find_objects(parts), start=1):
-                filled = (parts[rows, columns] == number).mean()
+                filled, width = (parts[rows, columns] == number).mean(), columns.stop - columns.start
                 shape = name_of(filled, SHAPES, "share that is filled")
-                size = name_of(columns.stop - columns.start, SIZES, "width")
-                box.append(Item(color, shape, size, columns.start, rows.start, columns.stop, rows.stop))
+                top = rows.start - (shape == "triangle")  # whose tip is thinner than a pixel
+                if rows.stop - top != width:
+                    raise ValueError(
+                        f"something {color} is {width} pixels wide and {rows.stop - top} high; NLVR's"
+                        " shapes are as high as they are wide"
+                    )
+                size = name_of(width, SIZES, "width")
+                box.append(Item(color, shape, size, columns.start, top, columns.stop, rows.stop))
         boxes.append(sorted(box, key=lambda item: (item.top, item.left)))
     return boxes
 
@@ -86,105 +98,16 @@ def name_of(value: float, ranges: dict[str, tuple[float, float]], what: str) -> 
 
 def are_towers(boxes: list[Box]) -> bool:
     """Whether squares stand upon each other; else shapes are scattered."""
-    return all(item[1:4:2] == ("square", 40) for box in boxes for item in box)
+    return all(item.shape == "square" and item.left == TOWER_LEFT for box in boxes for item in box)
 
 
-def walls(item: Item) -> set[str]:
-    """Walls of its box that an item touches."""
+def touching(item: Item) -> dict[str, Truth]:
+    """Of each wall of its box whether an item touches it; of one that is a pixel away, people say both."""
     gaps = {"left": item.left, "top": item.top, "right": BOX_SIDE - item.right, "bottom": BOX_SIDE - item.bottom}
-    return {wall for wall, gap in gaps.items() if gap <= NEAR}
+    return {wall: True if gap <= 0 else None if gap == 1 else False for wall, gap in gaps.items()}
 
 
-# Parts of statements. What is drawn never depends on a picture, so that one statement can be judged of many
-
-
-class Kind(NamedTuple):
-    """Items of a kind: its name, in the singular and plural, and which items are meant."""
-
-    singular: str
-    plural: str
-    holds: Callable[[Item], bool]
-
-    def count(self, box: Iterable[Item]) -> int:
-        return sum(map(self.holds, box))
-
-
-def choose(rng: Generator, *words: str) -> str:
-    return words[rng.integers(len(words))]
-
-
-def draw_color(rng: Generator) -> str:
-    return choose(rng, *COLORS)
-
-
-def draw_colors(rng: Generator) -> list[str]:
-    """Two different ones."""
-    return [str(color) for color in rng.choice(list(COLORS), 2, replace=False)]
-
-
-def draw_things(rng: Generator, towers: bool) -> str:
-    return "blocks" if towers else choose(rng, "items", "objects")
-
-
-def draw_kind(rng: Generator, towers: bool, color: str | None = None) -> Kind:
-    """A kind of a colour or any, and, unless towers are spoken of, of a shape, a size and a place, or any."""
-    color = color or (draw_color(rng) if rng.random() < (0.95 if towers else 0.7) else None)
-    shape = choose(rng, *SHAPES) if not towers and rng.random() < 0.6 else None
-    size = choose(rng, *SIZES) if not towers and rng.random() < 0.1 else None
-    noun = shape or (choose(rng, "block", "block", "block", "item") if towers else choose(rng, "item", "object"))
-    before = "".join(f"{word} " for word in (size, color) if word)
-    place, stands = draw_place(rng) if not towers and rng.random() < 0.3 else ("", None)
-    wanted = (color, shape, size)
-
-    def holds(item: Item) -> bool:
-        named = all(word in (None, value) for word, value in zip(wanted, item, strict=False))
-        return named and (stands is None or stands(item))
-
-    return Kind(f"{before}{noun}{place}", f"{before}{noun}s{place}", holds)
-
-
-def draw_place(rng: Generator) -> tuple[str, Callable[[Item], bool]]:
-    """Words behind a kind, and which items stand there."""
-    wall, where = choose(rng, "wall", "edge", "side"), rng.integers(7)
-    touching = f" {choose(rng, 'closely ', '', '')}touching"
-    if where == 0:
-        return f" not touching {choose(rng, 'any', 'the')} {wall}", lambda item: not walls(item)
-    if where == 1:
-        return f"{touching} the {choose(rng, 'base', 'bottom', 'bottom edge')}", lambda item: "bottom" in walls(item)
-    if where == 2:
-        return f"{touching} the top", lambda item: "top" in walls(item)
-    if where == 3:
-        return f"{touching} {choose(rng, 'a', 'the')} corner", lambda item: len(walls(item)) > 1
-    if where == 4:
-        side = choose(rng, "left", "right")
-        return f"{touching} the {side} {wall}", lambda item: side in walls(item)
-    return f"{touching} {choose(rng, 'the', 'the', 'a')} {wall}", lambda item: bool(walls(item))
-
-
-def write_number(rng: Generator, number: int) -> str:
-    return choose(rng, str(number), ("one", "two", "three", "four", "five", "six")[number - 1])
-
-
-def draw_amount(rng: Generator, singular: str, plural: str, most: int) -> tuple[str, Rule]:
-    """So many of something: words, and the rule for how many there are."""
-    number = int(rng.integers(1, most + 1))
-    words = f"{write_number(rng, number)} {singular if number == 1 else plural}"
-    how = choose(rng, "exactly", "only", "at least", "at most", "no", "", "", "", "a", "a")
-    if how == "a":
-        return f"{'an' if singular[0] in 'aeiou' else 'a'} {singular}", lambda count: count >= 1
-    if how == "no":
-        return f"no {choose(rng, singular, plural)}", lambda count: count == 0
-    if how in ("exactly", "only"):
-        return f"{how} {words}", lambda count: count == number
-    if how == "at least":
-        return f"{how} {words}", lambda count: count >= number
-    if how == "at most":
-        return f"{how} {words}", lambda count: count <= number if count else None  # of none, nobody says so
-    return words, lambda count: None if count > number else count == number
-
-
-def there(words: str, plural: str) -> str:
-    return f"There {'are' if plural in words else 'is'} {words}"
+# Truths
 
 
 def any_of(truths: Iterable[Truth]) -> Truth:
@@ -209,11 +132,113 @@ def of_number(rule: Rule, truths: Iterable[Truth]) -> Truth:
     return judged.pop() if len(judged) == 1 else None
 
 
+# Parts of statements. What is drawn never depends on a picture, so that one statement can be judged of many
+
+
+class Kind(NamedTuple):
+    """Items of a kind: its name, in the singular and plural, and which items are meant."""
+
+    singular: str
+    plural: str
+    holds: Callable[[Item], Truth]
+
+    def judge(self, rule: Rule, items: Iterable[Item]) -> Truth:
+        """The rule, of how many of the items are meant."""
+        return of_number(rule, map(self.holds, items))
+
+
+def choose(rng: Generator, *words: str) -> str:
+    return words[rng.integers(len(words))]
+
+
+def draw_color(rng: Generator) -> str:
+    return choose(rng, *COLORS)
+
+
+def draw_colors(rng: Generator) -> list[str]:
+    """Two different ones."""
+    return [str(color) for color in rng.choice(list(COLORS), 2, replace=False)]
+
+
+def draw_things(rng: Generator, towers: bool) -> str:
+    return "blocks" if towers else choose(rng, "items", "objects")
+
+
+def draw_kind(rng: Generator, towers: bool, color: str | None = None, placed: bool = True) -> Kind:
+    """A kind of a colour or any, and, unless towers are spoken of, of a shape, a size and, if `placed`, a place."""
+    color = color or (draw_color(rng) if rng.random() < (0.95 if towers else 0.7) else None)
+    shape = choose(rng, *SHAPES) if not towers and rng.random() < 0.6 else None
+    size = choose(rng, *SIZES) if not towers and rng.random() < 0.1 else None
+    noun = shape or (choose(rng, "block", "block", "block", "item") if towers else choose(rng, "item", "object"))
+    before = "".join(f"{word} " for word in (size, color) if word)
+    place, stands = draw_place(rng) if placed and not towers and rng.random() < 0.3 else ("", lambda item: True)
+    wanted = (color, shape, size)
+
+    def holds(item: Item) -> Truth:
+        return stands(item) if all(word in (None, value) for word, value in zip(wanted, item, strict=False)) else False
+
+    return Kind(f"{before}{noun}{place}", f"{before}{noun}s{place}", holds)
+
+
+def draw_place(rng: Generator) -> tuple[str, Callable[[Item], Truth]]:
+    """Words behind a kind, and which items stand there."""
+    wall, where = choose(rng, "wall", "edge", "side"), rng.integers(7)
+    at = f" {choose(rng, 'closely ', '', '')}touching"
+    if where == 0:
+        words = f" not touching {choose(rng, 'any', 'the')} {wall}"
+        return words, lambda item: opposite(any_of(touching(item).values()))
+    if where == 1:
+        return f"{at} the {choose(rng, 'base', 'bottom', 'bottom edge')}", lambda item: touching(item)["bottom"]
+    if where == 2:
+        return f"{at} the top", lambda item: touching(item)["top"]
+    if where == 3:
+        words = f"{at} {choose(rng, 'a', 'the')} corner"
+        return words, lambda item: of_number(lambda count: count > 1, touching(item).values())
+    if where == 4:
+        side = choose(rng, "left", "right")
+        return f"{at} the {side} {wall}", lambda item: touching(item)[side]
+    return f"{at} {choose(rng, 'the', 'the', 'a')} {wall}", lambda item: any_of(touching(item).values())
+
+
+def write_number(rng: Generator, number: int) -> str:
+    return choose(rng, str(number), ("one", "two", "three", "four", "five", "six")[number - 1])
+
+
+def draw_amount(
+    rng: Generator,
+    singular: str,
+    plural: str,
+    most: int,
+    hows: tuple[str, ...] = ("exactly", "only", "at least", "at most", "no", "", "", "", "a", "a"),
+) -> tuple[str, Rule]:
+    """So many of something, with one of `hows` before it: words, and the rule for how many there are."""
+    number, how = int(rng.integers(1, most + 1)), choose(rng, *hows)
+    words = f"{write_number(rng, number)} {singular if number == 1 else plural}"
+    if how == "a":
+        return f"{'an' if singular[0] in 'aeiou' else 'a'} {singular}", lambda count: count >= 1
+    if how == "no":
+        return f"no {choose(rng, singular, plural)}", lambda count: count == 0
+    if how in ("exactly", "only"):
+        return f"{how} {words}", lambda count: count == number
+    if how == "at least":
+        return f"{how} {words}", lambda count: count >= number
+    if how == "at most":
+        return f"{how} {words}", lambda count: count <= number if count else None  # of none, nobody says so
+    return words, lambda count: None if count > number else count == number
+
+
+def there(words: str, plural: str) -> str:
+    return f"There {'are' if plural in words else 'is'} {words}"
+
+
 # Statements about boxes: which boxes, and what they have
 
 
 def draw_boxes(rng: Generator, towers: bool) -> tuple[str, Callable[[list[Truth]], Truth]]:
-    """Words with a gap, into which what boxes have is put, and the rule for the truths of the three."""
+    """Words with a gap, into which what boxes have is put, and the rule for the truths of the three.
+
+    "Two towers which has" is how people wrote it.
+    """
     box = choose(rng, "tower", "tower", "tower", "box") if towers else choose(rng, "box", "box", "box", "grey square")
     boxes = "boxes" if box == "box" else f"{box}s"
     having, how = choose(rng, "with", "with", "with", "having", "which has", "that has"), rng.random()
@@ -236,20 +261,28 @@ def draw_boxes(rng: Generator, towers: bool) -> tuple[str, Callable[[list[Truth]
 def has_amount(rng: Generator, towers: bool) -> Property:
     kind = draw_kind(rng, towers)
     words, rule = draw_amount(rng, kind.singular, kind.plural, 4)
-    return words, lambda box: rule(kind.count(box))
+    return words, lambda box: kind.judge(rule, box)
 
 
 def has_pair(rng: Generator, towers: bool) -> Property:
-    kinds = [draw_kind(rng, towers, color) for color in draw_colors(rng)]
-    amounts = [draw_amount(rng, kind.singular, kind.plural, 3) for kind in kinds]
+    kinds = [draw_kind(rng, towers, color, placed=False) for color in draw_colors(rng)]
+    # Nothing that might be meant of both: "only two black items and a blue one".
+    amounts = [draw_amount(rng, kind.singular, kind.plural, 3, ("", "a")) for kind in kinds]
     words = " and ".join(words for words, _ in amounts)
-    return words, lambda box: all_of(rule(kind.count(box)) for kind, (_, rule) in zip(kinds, amounts, strict=True))
+    return words, lambda box: all_of(kind.judge(rule, box) for kind, (_, rule) in zip(kinds, amounts, strict=True))
 
 
 def has_total(rng: Generator, towers: bool) -> Property:
     things = draw_things(rng, towers)
     words, rule = draw_amount(rng, things.removesuffix("s"), things, 5)
     return words, lambda box: rule(len(box))
+
+
+def draw_height(rng: Generator) -> tuple[str, Rule]:
+    """A number of blocks that some towers have and others have not."""
+    hows = choose(rng, "exactly", "only", "", "at least")
+    words, rule = draw_amount(rng, "block", "blocks", 4, (hows,))
+    return ("at least two blocks", lambda count: count >= 2) if words == "at least one block" else (words, rule)
 
 
 def has_share(rng: Generator, towers: bool) -> Property:
@@ -300,8 +333,8 @@ def has_end(rng: Generator, towers: bool) -> Property:
 
 def has_height_and_end(rng: Generator, towers: bool) -> Property:
     """Of towers."""
-    (height, tall), (end, holds) = has_total(rng, towers), has_end(rng, towers)
-    return f"{height} and {end}", lambda box: all_of((tall(box), holds(box)))
+    (height, rule), (end, holds) = draw_height(rng), has_end(rng, towers)
+    return f"{height} and {end}", lambda box: all_of((rule(len(box)), holds(box)))
 
 
 def has_above(rng: Generator, towers: bool) -> Property:
@@ -342,15 +375,15 @@ def say_of_boxes(rng: Generator, towers: bool) -> Statement:
 def say_total(rng: Generator, towers: bool) -> Statement:
     kind = draw_kind(rng, towers)
     words, rule = draw_amount(rng, kind.singular, kind.plural, 4)
-    return there(words, kind.plural), lambda boxes: rule(sum(map(kind.count, boxes)))
+    return there(words, kind.plural), lambda boxes: kind.judge(rule, chain(*boxes))
 
 
 def say_same_box(rng: Generator, towers: bool) -> Statement:
     kind, box = draw_kind(rng, towers), choose(rng, "tower", "box") if towers else choose(rng, "box", "grey square")
 
     def in_one(boxes: list[Box]) -> Truth:
-        counts = [kind.count(b) for b in boxes]
-        return None if sum(counts) < 2 else max(counts) == sum(counts)
+        several = kind.judge(lambda count: count > 1, chain(*boxes))
+        return of_number(lambda count: count == 1, [kind.judge(bool, b) for b in boxes]) if several else None
 
     return f"All {kind.plural} are in the same {box}", in_one
 
@@ -370,11 +403,11 @@ def say_ends(rng: Generator, towers: bool) -> Statement:
     """Of towers: colours of their ends, which may be those of towers of a height."""
     color, (where, end) = draw_color(rng), draw_end(rng)
     words, rule = draw_amount(rng, f"{color} block", f"{color} blocks", 3)
-    height, tall = has_total(rng, towers) if rng.random() < 0.4 else ("", lambda box: True)
+    height, tall = draw_height(rng) if rng.random() < 0.4 else ("", lambda count: True)
     sentence = f"{there(words, 'blocks')} as the {where} of a tower{height and ' with '}{height}"
 
     def holds(boxes: list[Box]) -> Truth:
-        return of_number(rule, [tall(box) if box and box[end].color == color else False for box in boxes])
+        return of_number(rule, [tall(len(box)) if box and box[end].color == color else False for box in boxes])
 
     return sentence, holds
 
@@ -389,11 +422,10 @@ def say_same_ends(rng: Generator, towers: bool) -> Statement:
 def say_above(rng: Generator, towers: bool) -> Statement:
     """Of towers."""
     words, holds = has_above(rng, towers)
+    bare = words.removeprefix("a ")
     if rng.random() < 0.2:
-        return f"There is no {words.removeprefix('a ')}", lambda boxes: opposite(any_of(map(holds, boxes)))
-    return f"There is {choose(rng, '', '', 'at least one ') or 'a '}{words[2:]}", lambda boxes: any_of(
-        map(holds, boxes)
-    )
+        return f"There is no {bare}", lambda boxes: opposite(any_of(map(holds, boxes)))
+    return f"There is {choose(rng, 'a', 'a', 'at least one')} {bare}", lambda boxes: any_of(map(holds, boxes))
 
 
 SAID_OF_ALL = (*[say_of_boxes] * 8, say_total, say_total, say_total, say_same_box)
@@ -415,7 +447,7 @@ def vary(sentence: str, rng: Generator) -> str:
 def make_statements(pictures: list[list[Box]], mean_count: int, rng: Generator) -> list[dict[str, str]]:
     """Of each picture statements, with "true" or "false": `mean_count` on average.
 
-    Each is true of as many pictures as it is false of, so that nothing follows from the words alone.
+    Each is true of as many pictures as it is false of, so that nothing follows from the words of one alone.
 
     Raises:
         ValueError: so many cannot be found.
@@ -458,7 +490,7 @@ def describe(boxes: list[Box]) -> dict[str, str]:
 
 def contents(box: Box, tower: bool) -> str:
     if tower:
-        return ", ".join(f"{item.color} block" for item in box)
+        return ", ".join(f"{item.color} block" for item in box) or "nothing"
     counts = sorted(Counter((item.color, item.shape) for item in box).items())
     return ", ".join(f"{n} {color} {shape}{'s' if n > 1 else ''}" for (color, shape), n in counts) or "nothing"
 
@@ -468,7 +500,9 @@ def count_things(boxes: list[Box], count: int, rng: Generator) -> dict[str, str]
     asked: dict[str, str] = {}
     while len(asked) < count:
         kind = draw_kind(rng, are_towers(boxes))
-        asked[f"How many {kind.plural} are there?"] = str(sum(map(kind.count, boxes)))
+        held = list(map(kind.holds, chain(*boxes)))
+        if None not in held:
+            asked[f"How many {kind.plural} are there?"] = str(sum(held))
     return asked
 
 
@@ -476,14 +510,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pictures", type=Path, help="Parquet file with the column image")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--numbers", type=int, default=3, help="of each picture, at most a handful")
+    parser.add_argument("--numbers", type=int, default=3, help=f"of each picture, at most {MOST_NUMBERS}")
     parser.add_argument("--statements", type=int, default=16, help="of each picture, on average")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if not 0 <= options.numbers <= MOST_NUMBERS:
+        parser.error(
+            f"--numbers={options.numbers} must lie in [0, {MOST_NUMBERS}]; towers have no more kinds of things"
+        )
     rows = load_dataset("parquet", data_files=str(options.pictures), split="train").select_columns("image")
     rows = rows.cast_column("image", ImageFeature(decode=False))
     encoded = list({row["image"]["bytes"]: None for row in rows})  # one picture stands by several sentences
-    pictures = [read_boxes(Image.open(io.BytesIO(data))) for data in encoded]
+    pictures = []
+    for data in encoded:
+        try:
+            pictures.append(read_boxes(Image.open(io.BytesIO(data))))
+        except ValueError as error:
+            sys.exit(f"{options.pictures}: picture {len(pictures)}: {error}")
     rng = np.random.default_rng(options.seed)
     # Rows of their own: a statement that stood behind a description would be judged by that, not by the picture.
     described = [describe(boxes) | count_things(boxes, options.numbers, rng) for boxes in pictures]
@@ -491,6 +534,7 @@ def main() -> None:
     table = [
         {"image": {"bytes": data, "path": None}, "question": list(asked), "answer": list(asked.values())}
         for data, asked in zip([*encoded, *encoded], texts, strict=True)
+        if asked
     ]
     strings = List(Value("string"))
     features = Features(image=ImageFeature(), question=strings, answer=strings)

@@ -35,11 +35,13 @@ TEMPLATE = """\
 {%- endif -%}
 """
 SPECIAL = ["<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+HEAD = 48  # width of an attention head
 IMAGE_SIZE = (64, 64)  # of embedded synthetic images, which are not looked at
 
 
 class Conversations(torch.utils.data.Dataset):
-    """Turns of the training rows of recipes, without images, by position: row after row, then anew with new draws."""
+    """Turns of the training rows of recipes, without images, by position: the recipes in turn, each row after row, then
+    anew with new draws."""
 
     def __init__(self, recipe_paths: list[str], seed: int):
         self.seed, self.parts = seed, []
@@ -74,7 +76,7 @@ class Examples(torch.utils.data.Dataset):
 
 
 def train_tokenizer(conversations: Conversations, vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE on all turns of one pass."""
+    """Byte-level BPE on the turns of as many positions as there are rows."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -95,7 +97,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("recipes", nargs="+")
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--hidden-size", type=int, default=144)
     parser.add_argument("--layers", type=int, default=3)
@@ -103,6 +105,8 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.hidden_size < HEAD or options.hidden_size % HEAD:
+        parser.error(f"--hidden-size={options.hidden_size} must be a multiple of {HEAD}, the width of a head")
     conversations = Conversations(options.recipes, options.seed)
     tokenizer = train_tokenizer(conversations, options.vocab_size)
     set_seed(options.seed)
@@ -111,8 +115,8 @@ def main() -> None:
         hidden_size=options.hidden_size,
         intermediate_size=options.hidden_size * 8 // 3,
         num_hidden_layers=options.layers,
-        num_attention_heads=options.hidden_size // 48,
-        num_key_value_heads=options.hidden_size // 48,
+        num_attention_heads=options.hidden_size // HEAD,
+        num_key_value_heads=options.hidden_size // HEAD,
         max_position_embeddings=options.context,
         tie_word_embeddings=True,
         bos_token_id=None,

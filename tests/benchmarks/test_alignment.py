@@ -1,5 +1,6 @@
 """The table of towers: recipes after one another, and one language model for all of them."""
 
+import argparse
 import importlib.util
 from pathlib import Path
 
@@ -39,3 +40,17 @@ def test_stages_go_on_from_each_other(alignment, monkeypatch, tmp_path):
     assert first[2] == ["training.max_steps=1", "data.blind=true", "head.language_model=lm"]
     assert second[2] == ["training.max_steps=1", "data.blind=true"]
     assert results == {"wall_seconds": 4.0, "figures": {"exact_match": 2}}
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["outputs/ehm"], "'outputs/ehm' must be NAME=CHECKPOINT_DIR"),
+        (["EHM=a", "EHM=b"], "'EHM=b': 'EHM' was given before"),
+        (["blind=a"], "'blind=a': 'blind' is the name of a column that is added"),
+    ],
+)
+def test_towers_without_a_name_of_their_own_are_refused(alignment, capsys, given, message):
+    with pytest.raises(SystemExit):
+        alignment.parse_checkpoints(argparse.ArgumentParser(), given, added=["blind"])
+    assert message in capsys.readouterr().err

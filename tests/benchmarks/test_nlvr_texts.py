@@ -63,7 +63,8 @@ def test_shapes_are_read_off_the_pixels(texts):
     assert [item[:3] for item in left] == [("black", "square", "medium"), ("yellow", "circle", "big")]
     assert [item[:3] for item in middle] == [("blue", "triangle", "medium"), ("blue", "triangle", "small")]
     assert right == []
-    assert texts.walls(left[0]) == {"left"} and texts.walls(left[1]) == {"bottom"} and not texts.walls(middle[0])
+    touched = [{wall for wall, truth in texts.touching(item).items() if truth} for item in (*left, *middle)]
+    assert touched == [{"left"}, {"bottom"}, set(), set()]
 
 
 def test_towers_are_known_and_read_from_the_top(texts):
@@ -81,11 +82,22 @@ def test_towers_are_known_and_read_from_the_top(texts):
     }
 
 
-def test_what_is_no_shape_is_refused(texts):
-    with pytest.raises(ValueError, match=r"\(100, 400\).*\(400, 100\)"):
-        texts.read_boxes(Image.new("RGB", (100, 400)))
-    with pytest.raises(ValueError, match="width of 40"):
-        texts.read_boxes(draw((0, "blue", "square", 40, 10, 10)))
+def test_of_an_item_a_pixel_from_a_wall_people_say_both(texts):
+    (item,), _, _ = texts.read_boxes(draw((0, "blue", "triangle", 10, 0, 1)))
+    assert texts.touching(item) == {"left": True, "top": None, "right": False, "bottom": False}
+
+
+@pytest.mark.parametrize(
+    "picture, message",
+    [
+        (Image.new("RGB", (100, 400)), r"\(100, 400\).*\(400, 100\)"),
+        (draw((0, "blue", "square", 40, 10, 10)), "width of 40"),
+        (draw((0, "blue", "square", 10, 10, 10), (0, "blue", "square", 10, 10, 20)), "10 pixels wide and 20 high"),
+    ],
+)
+def test_what_is_no_shape_is_refused(texts, picture, message):
+    with pytest.raises(ValueError, match=message):
+        texts.read_boxes(picture)
 
 
 TRUE_OF_TOWERS = {  # of those above, written by hand; a statement that has two readings is None
@@ -122,12 +134,44 @@ TRUE_OF_TOWERS = {  # of those above, written by hand; a statement that has two 
 }
 
 
-def test_statements_are_judged_as_a_person_would(texts):
+TRUE_OF_SCATTERED = {  # a triangle a pixel from the top, a square in a corner, three colours in the right box
+    "All triangles are blue": None,
+    "All squares are black": True,
+    "There is a square touching the corner": True,
+    "There is a square closely touching the left wall": True,
+    "There is a circle touching the top": False,
+    "There is a triangle touching the top": None,
+    "There is an object touching the top": None,
+    "There is a black item touching the bottom": True,
+    "There are exactly three items not touching any wall": None,
+    "There are at least two items not touching any wall": True,
+    "There is a box with items of two different colors": False,
+    "There is a box with items of three different colors": True,
+    "There is a box with a black square and a blue circle": True,
+    "There is a box with 4 objects": True,
+    "There is a box with 3 objects": None,
+    "There is a box with exactly 3 objects": False,
+    "None of the boxes has two squares": False,
+    "None of the boxes has a square": False,
+    "There is exactly one box with a triangle": True,
+    "There are at least three circles": False,
+}
+
+
+@pytest.mark.parametrize("towers", [True, False])
+def test_statements_are_judged_as_a_person_would(texts, towers):
     """Every sentence above is one that is drawn, and its truth is the one above."""
-    boxes, rng, left = texts.read_boxes(TOWERS), np.random.default_rng(0), dict(TRUE_OF_TOWERS)
-    for _ in range(300_000):
-        sentence, truth = texts.draw_statement(rng, towers=True)
-        sentence = sentence[0].upper() + sentence[1:].removesuffix(".")
+    scattered = draw(
+        (0, "blue", "triangle", 10, 40, 1),
+        (2, "black", "square", 20, 0, 80),
+        (2, "black", "square", 10, 50, 40),
+        (2, "blue", "circle", 30, 60, 60),
+        (2, "yellow", "circle", 10, 40, 20),
+    )
+    boxes, rng = texts.read_boxes(TOWERS if towers else scattered), np.random.default_rng(0)
+    left = dict(TRUE_OF_TOWERS if towers else TRUE_OF_SCATTERED)
+    for _ in range(500_000):
+        sentence, truth = texts.draw_statement(rng, towers)
         if sentence in left:
             assert truth(boxes) is left.pop(sentence), sentence
         if not left:
@@ -171,6 +215,12 @@ def test_each_statement_is_true_as_often_as_false(texts, pictures):
     assert made == again
 
 
+def test_more_numbers_than_kinds_of_things_are_refused(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks" / "nlvr_texts.py", "none.parquet", tmp_path / "texts.parquet"]
+    ended = subprocess.run([*map(str, command), "--numbers", "9"], capture_output=True, text=True)
+    assert ended.returncode != 0 and "--numbers=9 must lie in [0, 8]" in ended.stderr
+
+
 def test_too_few_pictures_are_refused(texts, pictures):
     boxes = [texts.read_boxes(pictures[0])] * 2
     with pytest.raises(ValueError, match="2 pictures are too few"):
@@ -182,7 +232,7 @@ def test_the_file_holds_each_picture_once_with_each_sort_of_texts(pictures, tmp_
     rows = {"image": [*pictures, pictures[0]], "sentence": ["not looked at"] * 61}
     Dataset.from_dict(rows).cast_column("image", ImageFeature()).to_parquet(str(source))
     command = [sys.executable, ROOT / "benchmarks" / "nlvr_texts.py", source, tmp_path / "texts.parquet"]
-    subprocess.run([*map(str, command), "--statements", "6"], check=True, capture_output=True)
+    subprocess.run([*map(str, command), "--statements", "12"], check=True, capture_output=True)
     made = load_dataset("parquet", data_files=str(tmp_path / "texts.parquet"), split="train", cache_dir=str(tmp_path))
     assert len(made) == 120
     for described, stated in zip(made.select(range(60)), made.select(range(60, 120)), strict=True):
@@ -191,4 +241,4 @@ def test_the_file_holds_each_picture_once_with_each_sort_of_texts(pictures, tmp_
         assert described["question"][0] == "What is in the left box?" and len(described["answer"]) == 6
         assert all(answer.isdigit() for answer in described["answer"][3:])
         assert len(stated["question"]) == len(stated["answer"]) and {*stated["answer"]} <= {"true", "false"}
-    assert sum(map(len, made["answer"][60:])) >= 6 * 60
+    assert sum(map(len, made["answer"][60:])) >= 12 * 60
