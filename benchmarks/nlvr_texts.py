@@ -210,9 +210,10 @@ def draw_amount(
     plural: str,
     most: int,
     hows: tuple[str, ...] = ("exactly", "only", "at least", "at most", "no", "", "", "", "a", "a"),
+    least: int = 1,
 ) -> tuple[str, Rule]:
     """So many of something, with one of `hows` before it: words, and the rule for how many there are."""
-    number, how = int(rng.integers(1, most + 1)), choose(rng, *hows)
+    number, how = int(rng.integers(least, most + 1)), choose(rng, *hows)
     words = f"{write_number(rng, number)} {singular if number == 1 else plural}"
     if how == "a":
         return f"{'an' if singular[0] in 'aeiou' else 'a'} {singular}", lambda count: count >= 1
@@ -280,9 +281,8 @@ def has_total(rng: Generator, towers: bool) -> Property:
 
 def draw_height(rng: Generator) -> tuple[str, Rule]:
     """A number of blocks that some towers have and others have not."""
-    hows = choose(rng, "exactly", "only", "", "at least")
-    words, rule = draw_amount(rng, "block", "blocks", 4, (hows,))
-    return ("at least two blocks", lambda count: count >= 2) if words == "at least one block" else (words, rule)
+    how = choose(rng, "exactly", "only", "", "at least")
+    return draw_amount(rng, "block", "blocks", 4, (how,), least=2 if how == "at least" else 1)
 
 
 def has_share(rng: Generator, towers: bool) -> Property:
