@@ -7,6 +7,7 @@ sees what `processor.apply_chat_template` gives at use; only answers, with the t
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 
 import jinja2
@@ -236,8 +237,18 @@ class Renderer:
             ConversationError: the template writes earlier turns differently once later ones follow, so that answers
                 cannot be found.
         """
-        whole, spans = self.render(turns), []
+        whole = self.render(turns)
+        ends = self._join_frame(turns, whole) or self._render_prefixes(turns, whole)
         grown = len(self.expand(whole)) - len(whole)  # the image stands in the first question, before all answers
+        spans = []
+        for start, end in ends:
+            closing = whole.rfind(self.end_token, start, end)
+            spans.append((start + grown, (end if closing < 0 else closing + len(self.end_token)) + grown))
+        return self.expand(whole), spans
+
+    def _render_prefixes(self, turns: Sequence[Turn], whole: str) -> list[tuple[int, int]]:
+        """Where answers begin and their turns end in `whole`, by rendering what precedes them: for any template."""
+        ends = []
         for number, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
@@ -247,10 +258,46 @@ class Renderer:
                     f"the chat template writes the first {number + 1} turns differently when more follow, so answers"
                     " cannot be told from questions; give another template as head.chat_template"
                 )
-            answer = after[len(before) :]
-            end = answer.rindex(self.end_token) + len(self.end_token) if self.end_token in answer else len(answer)
-            spans.append((len(before) + grown, len(before) + end + grown))
-        return self.expand(whole), spans
+            ends.append((len(before), len(after)))
+        return ends
+
+    def _join_frame(self, turns: Sequence[Turn], whole: str) -> list[tuple[int, int]] | None:
+        """The same by what the template puts around texts, in time linear in the turns; None unless that is `whole`."""
+        if self._frame is None:
+            return None
+        opening, answering, before, behind, asking = self._frame
+        joined, ends = opening, []
+        for number, turn in enumerate(turns):
+            if turn.role == "assistant":
+                start = len(joined) + len(answering)
+                joined += answering + before + turn.text + behind
+                ends.append((start, len(joined)))
+            else:
+                shown = f"{self.image_token}\n" if turn.image else ""
+                joined += (asking if number else "") + shown + turn.text
+        return ends if joined == whole else None
+
+    @cached_property
+    def _frame(self) -> tuple[str, str, str, str, str] | None:
+        """What the template puts around texts, None if that depends on more than who speaks: what opens the first
+        question, asks for an answer, stands before and behind an answer, and opens the next question."""
+        if self.plain:
+            return None
+        question, answer = "1st question", "1st answer"
+        turns = [Turn("user", question), Turn("assistant", answer)] * 2
+        try:
+            asked, answered, again, whole = (
+                self.render(turns[:count], prompt=count % 2 == 1) for count in range(1, len(turns) + 1)
+            )
+            opening, answering = asked.split(question)
+            before, behind = answered.removeprefix(asked).split(answer)
+            asking = again.removeprefix(answered).removesuffix(question + answering)
+        except (ConversationError, ValueError):
+            return None
+        first, second = opening + question + answering, asking + question + answering
+        replied = before + answer + behind
+        joined = [first, first + replied, first + replied + second, first + replied + second + replied]
+        return (opening, answering, before, behind, asking) if joined == [asked, answered, again, whole] else None
 
     def tokenize(self, text: str):
         """Tokens with `offset_mapping`; a begin token is added where the tokenizer does so and the text has none."""

@@ -184,6 +184,49 @@ def test_long_conversations_are_cut_in_one_go():
     assert encoded.cut == f"turns from {2 * (lengths.index(fitting) + 1)} on, of {len(turns)}"
 
 
+SEVERAL = [*TWO, *TWO[2:] * 3]
+THOUGHTS = """\
+{%- for message in messages -%}
+{%- set text = message.content -%}
+{%- if not loop.last and '</think>' in text %}{%- set text = text.split('</think>')[1] %}{%- endif -%}
+{{ '<|' + message.role + '|>' + text + '<|end|>' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ '<|assistant|>' }}{%- endif -%}
+"""
+
+
+@pytest.mark.parametrize("template", [TEMPLATE, TEMPLATE.replace("'<|end|>'", "'<|end|>\\n'"), VICUNA_TEMPLATE])
+@pytest.mark.parametrize("turns", [TWO, SEVERAL, [Turn("user", "a shape?"), *SEVERAL[1:]]])
+def test_answers_are_found_without_rendering_all_that_precedes_them(template, turns, monkeypatch):
+    """One rendering a conversation, however long, and the same spans as by rendering every part of it."""
+    renderer = renderer_of(template)
+    end_of_answers(renderer)  # makes what is kept for all conversations
+    whole = renderer.render(turns)
+    expected = renderer._render_prefixes(turns, whole)
+    rendered = []
+    monkeypatch.setattr(renderer, "render", lambda turns: rendered.append(turns) or whole)
+    _, spans = renderer.answer_spans(turns)
+    grown = len(renderer.expand(whole)) - len(whole)
+    assert rendered == [turns]
+    assert [start - grown for start, _ in spans] == [start for start, _ in expected]
+    assert all(whole[:end].rstrip().endswith("<|end|>") for _, end in expected) and len(spans) == len(turns) // 2
+
+
+def test_what_a_template_changes_is_found_by_rendering():
+    """Texts that are not written as they are: joined pieces would not be the template's text, so they are not used."""
+    renderer = renderer_of(TEMPLATE.replace("message.content", "message.content | upper"))
+    encoded = renderer.encode([Turn("system", "see"), *SEVERAL], 256)
+    assert labelled_texts(renderer, encoded) == ["RED<|end|>", *["YES<|end|>"] * 4]
+
+
+def test_a_template_that_drops_earlier_thoughts_is_refused_where_there_are_some():
+    renderer = renderer_of(THOUGHTS)
+    assert labelled_texts(renderer, renderer.encode(TWO, 128)) == ["red<|end|>", "yes<|end|>"]
+    thinking = [TWO[0], Turn("assistant", "<think>hm</think>red"), *TWO[2:]]
+    with pytest.raises(ConversationError, match="writes the first 2 turns differently when more follow"):
+        renderer.encode(thinking, 128)
+
+
 def test_the_end_of_answers_is_found():
     """The special token behind the answer, whether or not it is the tokenizer's end token."""
     assert end_of_answers(renderer_of()) == "<|end|>"
