@@ -5,8 +5,7 @@
 The pictures are drawings of few kinds of shapes: what they show is read off their pixels. Of each are made descriptions
 of its boxes, numbers of things, and statements of the kind that people wrote, with whether they are true; what those
 people wrote and answered is not looked at. A statement that can be read in two ways of which one is true ("a box with
-two circles" of a box with three) is not made; "only two" and numbers of colours and of "of them" are meant exactly, as
-people mean them.
+two circles" of a box with three) is not made; "only two" and numbers of colours are meant exactly, as people mean them.
 """
 
 import argparse
@@ -33,6 +32,7 @@ SOFT = 80  # a softened edge still counts as painted
 TOWER_LEFT = 40  # pixels from the left wall to every tower
 EACH = 4  # pictures that a statement is true of, and as many that it is false of
 LOOKED_AT = 200  # pictures among which they are looked for
+ROWS = 2  # of statements, of each picture: as many fit into the text of one as a small language model takes
 MOST_UNSUCCESSFUL = 1000  # statements in a row for which none are found
 MOST_NUMBERS = 8  # different "how many", of towers: three colours or any, blocks or items
 
@@ -285,14 +285,6 @@ def draw_height(rng: Generator) -> tuple[str, Rule]:
     return draw_amount(rng, "block", "blocks", 4, (how,), least=2 if how == "at least" else 1)
 
 
-def has_share(rng: Generator, towers: bool) -> Property:
-    things, color, number = draw_things(rng, towers), draw_color(rng), int(rng.integers(2, 6))
-    part = int(rng.integers(1, number))
-    of_them = choose(rng, "and {} of them", "of which {}").format(write_number(rng, part))
-    words = f"{write_number(rng, number)} {things} {of_them} {'is' if part == 1 else 'are'} {color}"
-    return words, lambda box: len(box) == number and sum(item.color == color for item in box) == part
-
-
 def has_only(rng: Generator, towers: bool) -> Property:
     colors = draw_colors(rng)[: rng.integers(1, 3)]
 
@@ -312,16 +304,6 @@ def has_colors(rng: Generator, towers: bool) -> Property:
         return None if alone else len({item.color for item in box}) == number
 
     return words.format(things), holds
-
-
-def has_as_many(rng: Generator, towers: bool) -> Property:
-    first, second = draw_colors(rng)
-
-    def as_many(box: Box) -> Truth:
-        counts = [sum(item.color == color for item in box) for color in (first, second)]
-        return None if counts == [0, 0] else counts[0] == counts[1]
-
-    return f"the same number of {first} and {second} {draw_things(rng, towers)}", as_many
 
 
 def has_end(rng: Generator, towers: bool) -> Property:
@@ -358,7 +340,7 @@ def draw_end(rng: Generator) -> tuple[str, int]:
     return ("top", 0) if rng.random() < 0.5 else (choose(rng, "base", "bottom"), -1)
 
 
-OF_ALL_BOXES = (has_amount, has_amount, has_amount, has_pair, has_total, has_share, has_only, has_colors, has_as_many)
+OF_ALL_BOXES = (*[has_amount] * 8, *[has_pair] * 2, has_total, has_only, has_colors)
 OF_TOWERS = (has_end, has_end, has_end, has_height_and_end, has_above, has_above)
 
 
@@ -445,36 +427,57 @@ def vary(sentence: str, rng: Generator) -> str:
 
 
 def make_statements(pictures: list[list[Box]], mean_count: int, rng: Generator) -> list[dict[str, str]]:
-    """Of each picture statements, with "true" or "false": `mean_count` on average.
+    """Of each picture statements, with "true" or "false": `mean_count` on average, at most twice as many.
 
-    Each is true of as many pictures as it is false of, so that nothing follows from the words of one alone.
+    Each is true of as many pictures as it is false of, so that nothing follows from the words of one alone. Half of
+    them are so within groups of pictures that show the same things, differently arranged. Most of NLVR's pictures have
+    such a companion, of which what people wrote is false, so that counting things over a whole picture helps little.
 
     Raises:
         ValueError: so many cannot be found.
     """
     made: list[dict[str, str]] = [{} for _ in pictures]
     kinds = np.array([are_towers(boxes) for boxes in pictures])
-    groups = {towers: np.flatnonzero(kinds == towers) for towers in (True, False)}
-    missing, unsuccessful = mean_count * len(pictures), 0
-    while missing > 0:
+    alike = {towers: group_by_things(pictures, np.flatnonzero(kinds == towers)) for towers in (True, False)}
+    missing, unsuccessful = dict.fromkeys(("the same things", "any things"), mean_count * len(pictures) / 2), 0
+    while max(missing.values()) > 0:
+        pool = max(missing, key=missing.get)
         towers = bool(kinds[rng.integers(len(pictures))])
         sentence, truth = draw_statement(rng, towers)
-        found: dict[bool, list[int]] = {True: [], False: []}
-        for number in rng.permutation(groups[towers])[:LOOKED_AT]:
-            judged = truth(pictures[number])
-            if judged is not None and sentence not in made[number] and len(found[judged]) < EACH:
-                found[judged].append(number)
-            if len(found[True]) == len(found[False]) == EACH:
+        if pool == "the same things":
+            groups = [alike[towers][n] for n in rng.permutation(len(alike[towers]))]
+        else:
+            groups = np.array_split(rng.permutation(np.flatnonzero(kinds == towers))[:LOOKED_AT], LOOKED_AT // 20)
+        found: dict[Truth, list[int]] = {True: [], False: []}
+        looked_at = 0
+        for group in groups:
+            judged: dict[Truth, list[int]] = {True: [], False: [], None: []}
+            for number in group:
+                free = sentence not in made[number] and len(made[number]) < 2 * mean_count
+                judged[truth(pictures[number]) if free else None].append(number)
+            each = min(len(judged[True]), len(judged[False]), EACH - len(found[True]))
+            for answer, numbers in found.items():
+                numbers += judged[answer][:each]
+            looked_at += len(group)
+            if len(found[True]) == EACH or looked_at >= LOOKED_AT:
                 break
-        each = min(map(len, found.values()))
-        unsuccessful = 0 if each else unsuccessful + 1
+        unsuccessful = 0 if found[True] else unsuccessful + 1
         if unsuccessful > MOST_UNSUCCESSFUL:
             raise ValueError(f"{len(pictures)} pictures are too few or too alike for {mean_count} statements each")
-        for judged, numbers in found.items():
-            for number in numbers[:each]:
-                made[number][sentence] = "true" if judged else "false"
-        missing -= 2 * each
+        for answer, numbers in found.items():
+            for number in numbers:
+                made[number][sentence] = "true" if answer else "false"
+        missing[pool] -= 2 * len(found[True])
     return [{vary(sentence, rng): answer for sentence, answer in statements.items()} for statements in made]
+
+
+def group_by_things(pictures: list[list[Box]], numbers: Iterable[int]) -> list[list[int]]:
+    """Those of the pictures with these numbers that show the same things, by color, shape and size, together."""
+    groups: dict[tuple, list[int]] = {}
+    for number in numbers:
+        things = sorted(item[:3] for box in pictures[number] for item in box)
+        groups.setdefault(tuple(things), []).append(int(number))
+    return list(groups.values())
 
 
 # Descriptions and numbers
@@ -511,16 +514,16 @@ def main() -> None:
     parser.add_argument("pictures", type=Path, help="Parquet file with the column image")
     parser.add_argument("out", type=Path)
     parser.add_argument("--numbers", type=int, default=3, help=f"of each picture, at most {MOST_NUMBERS}")
-    parser.add_argument("--statements", type=int, default=16, help="of each picture, on average")
+    parser.add_argument("--statements", type=int, default=32, help="of each picture, on average")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if not 0 <= options.numbers <= MOST_NUMBERS:
         parser.error(
             f"--numbers={options.numbers} must lie in [0, {MOST_NUMBERS}]; towers have no more kinds of things"
         )
-    rows = load_dataset("parquet", data_files=str(options.pictures), split="train").select_columns("image")
-    rows = rows.cast_column("image", ImageFeature(decode=False))
-    encoded = list({row["image"]["bytes"]: None for row in rows})  # one picture stands by several sentences
+    source = load_dataset("parquet", data_files=str(options.pictures), split="train").select_columns("image")
+    source = source.cast_column("image", ImageFeature(decode=False))
+    encoded = list({row["image"]["bytes"]: None for row in source})  # one picture stands by several sentences
     pictures = []
     for data in encoded:
         try:
@@ -530,17 +533,20 @@ def main() -> None:
     rng = np.random.default_rng(options.seed)
     # Rows of their own: a statement that stood behind a description would be judged by that, not by the picture.
     described = [describe(boxes) | count_things(boxes, options.numbers, rng) for boxes in pictures]
-    texts = [*described, *make_statements(pictures, options.statements, rng)]
+    stated = make_statements(pictures, options.statements, rng)
+    parts = [[dict(list(statements.items())[n::ROWS]) for statements in stated] for n in range(ROWS)]
     table = [
         {"image": {"bytes": data, "path": None}, "question": list(asked), "answer": list(asked.values())}
-        for data, asked in zip([*encoded, *encoded], texts, strict=True)
+        for texts in [described, *parts]
+        for data, asked in zip(encoded, texts, strict=True)
         if asked
     ]
     strings = List(Value("string"))
     features = Features(image=ImageFeature(), question=strings, answer=strings)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     Dataset.from_list(table, features=features).to_parquet(str(options.out))
-    print(f"wrote {sum(map(len, texts))} questions and answers about {len(pictures)} pictures to {options.out}")
+    count = sum(len(row["question"]) for row in table)
+    print(f"wrote {count} questions and answers about {len(pictures)} pictures to {options.out}")
 
 
 if __name__ == "__main__":
