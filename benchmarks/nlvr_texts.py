@@ -32,7 +32,7 @@ SOFT = 80  # a softened edge still counts as painted
 TOWER_LEFT = 40  # pixels from the left wall to every tower
 EACH = 4  # pictures that a statement is true of, and as many that it is false of
 LOOKED_AT = 200  # pictures among which they are looked for
-ROWS = 2  # of statements, of each picture: as many fit into the text of one as a small language model takes
+ROWS = 2  # of statements, of each picture: a text is encoded with its picture, and should not be long
 MOST_UNSUCCESSFUL = 1000  # statements in a row for which none are found
 MOST_NUMBERS = 8  # different "how many", of towers: three colours or any, blocks or items
 
@@ -429,43 +429,49 @@ def vary(sentence: str, rng: Generator) -> str:
 def make_statements(pictures: list[list[Box]], mean_count: int, rng: Generator) -> list[dict[str, str]]:
     """Of each picture statements, with "true" or "false": `mean_count` on average, at most twice as many.
 
-    Each is true of as many pictures as it is false of, so that nothing follows from the words of one alone. Half of
-    them are so within groups of pictures that show the same things, differently arranged. Most of NLVR's pictures have
-    such a companion, of which what people wrote is false, so that counting things over a whole picture helps little.
+    Each is true of as many pictures as it is false of, so that nothing follows from the words of one alone. Half are
+    chosen within groups of pictures that show the same things, differently arranged: most of NLVR's pictures have such
+    a companion, of which what people wrote of them is false, so that counting over a whole picture helps little.
 
     Raises:
         ValueError: so many cannot be found.
     """
     made: list[dict[str, str]] = [{} for _ in pictures]
     kinds = np.array([are_towers(boxes) for boxes in pictures])
-    alike = {towers: group_by_things(pictures, np.flatnonzero(kinds == towers)) for towers in (True, False)}
-    missing, unsuccessful = dict.fromkeys(("the same things", "any things"), mean_count * len(pictures) / 2), 0
+    numbers = {towers: np.flatnonzero(kinds == towers) for towers in (True, False)}
+    pools = {
+        "the same things": {towers: group_by_things(pictures, own) for towers, own in numbers.items()},
+        "any things": {towers: [own] for towers, own in numbers.items()},
+    }
+    missing, unsuccessful = dict.fromkeys(pools, mean_count * len(pictures) / 2), 0
     while max(missing.values()) > 0:
         pool = max(missing, key=missing.get)
         towers = bool(kinds[rng.integers(len(pictures))])
         sentence, truth = draw_statement(rng, towers)
-        if pool == "the same things":
-            groups = [alike[towers][n] for n in rng.permutation(len(alike[towers]))]
-        else:
-            groups = np.array_split(rng.permutation(np.flatnonzero(kinds == towers))[:LOOKED_AT], LOOKED_AT // 20)
+        groups = pools[pool][towers]
+        sizes = np.array([len(group) for group in groups])
         found: dict[Truth, list[int]] = {True: [], False: []}
         looked_at = 0
-        for group in groups:
+        for place in rng.choice(len(groups), len(groups), replace=False, p=sizes / sizes.sum()):
+            group = rng.permutation(groups[place])[: LOOKED_AT - looked_at]
             judged: dict[Truth, list[int]] = {True: [], False: [], None: []}
             for number in group:
                 free = sentence not in made[number] and len(made[number]) < 2 * mean_count
                 judged[truth(pictures[number]) if free else None].append(number)
             each = min(len(judged[True]), len(judged[False]), EACH - len(found[True]))
-            for answer, numbers in found.items():
-                numbers += judged[answer][:each]
+            for answer, chosen in found.items():
+                chosen += judged[answer][:each]
             looked_at += len(group)
-            if len(found[True]) == EACH or looked_at >= LOOKED_AT:
+            if len(found[True]) == EACH or looked_at == LOOKED_AT:
                 break
         unsuccessful = 0 if found[True] else unsuccessful + 1
         if unsuccessful > MOST_UNSUCCESSFUL:
-            raise ValueError(f"{len(pictures)} pictures are too few or too alike for {mean_count} statements each")
-        for answer, numbers in found.items():
-            for number in numbers:
+            raise ValueError(
+                f"{len(pictures)} pictures are too few for {mean_count} statements each, or too few of them show"
+                f" {pool}, differently arranged"
+            )
+        for answer, chosen in found.items():
+            for number in chosen:
                 made[number][sentence] = "true" if answer else "false"
         missing[pool] -= 2 * len(found[True])
     return [{vary(sentence, rng): answer for sentence, answer in statements.items()} for statements in made]

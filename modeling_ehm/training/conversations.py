@@ -235,7 +235,7 @@ class Renderer:
 
         Raises:
             ConversationError: the template writes earlier turns differently once later ones follow, so that answers
-                cannot be found.
+                cannot be found. (One that does so only after certain words is noticed where the whole shows it.)
         """
         whole = self.render(turns)
         ends = self._join_frame(turns, whole) or self._render_prefixes(turns, whole)
@@ -281,8 +281,6 @@ class Renderer:
     def _frame(self) -> tuple[str, str, str, str, str] | None:
         """What the template puts around texts, None if that depends on more than who speaks: what opens the first
         question, asks for an answer, stands before and behind an answer, and opens the next question."""
-        if self.plain:
-            return None
         question, answer = "1st question", "1st answer"
         turns = [Turn("user", question), Turn("assistant", answer)] * 2
         try:
@@ -292,12 +290,12 @@ class Renderer:
             opening, answering = asked.split(question)
             before, behind = answered.removeprefix(asked).split(answer)
             asking = again.removeprefix(answered).removesuffix(question + answering)
-        except (ConversationError, ValueError):
+        except ValueError:
             return None
-        first, second = opening + question + answering, asking + question + answering
-        replied = before + answer + behind
-        joined = [first, first + replied, first + replied + second, first + replied + second + replied]
-        return (opening, answering, before, behind, asking) if joined == [asked, answered, again, whole] else None
+        said = before + answer + behind
+        parts = [opening + question + answering, said, asking + question + answering, said]
+        same = [*accumulate(parts)] == [asked, answered, again, whole]
+        return (opening, answering, before, behind, asking) if same else None
 
     def tokenize(self, text: str):
         """Tokens with `offset_mapping`; a begin token is added where the tokenizer does so and the text has none."""

@@ -177,15 +177,16 @@ def test_statements_are_judged_as_a_person_would(texts, towers):
     assert not left
 
 
+def stack(rng, colors):
+    """Three towers of blocks of these colors, at random."""
+    boxes = np.split(rng.permutation(colors), np.sort(rng.choice(np.arange(1, len(colors)), 2, replace=False)))
+    return [(box, str(c), "square", 20, 40, 80 - 21 * n) for box in range(3) for n, c in enumerate(boxes[box][:4])]
+
+
 @pytest.fixture(scope="module")
 def pictures(texts):
     """Towers and scattered shapes at random, two pictures of the same things after each other."""
     rng = np.random.default_rng(0)
-
-    def towers(colors):
-        numbers = np.sort(rng.choice(np.arange(1, len(colors)), 2, replace=False))
-        boxes = np.split(rng.permutation(colors), numbers)
-        return [(box, str(c), "square", 20, 40, 80 - 21 * n) for box in range(3) for n, c in enumerate(boxes[box])]
 
     def scattered(colors):
         spots = [(x, y) for x in (0, 35, 69) for y in (0, 35, 69)]
@@ -199,7 +200,7 @@ def pictures(texts):
     made = []
     for number in range(30):
         colors = rng.choice(list(PAINT), rng.integers(4, 7))
-        made += [draw(*(towers(colors) if number % 2 else scattered(colors))) for _ in range(2)]
+        made += [draw(*(stack(rng, colors) if number % 2 else scattered(colors))) for _ in range(2)]
     return made
 
 
@@ -232,6 +233,22 @@ def test_half_of_the_statements_tell_pictures_of_the_same_things_apart(texts, pi
                 one[number] += 1 if answer == "true" else -1
     told_apart = [not any(counts.values()) for counts in balance.values()]
     assert 0.4 < np.mean(told_apart) < 0.7
+
+
+def test_pictures_get_alike_many_statements_wherever_they_stand(texts):
+    """Of twenty arrangements of the same things no one comes first."""
+    rng = np.random.default_rng(0)
+    colors = ["black", "black", "yellow", "yellow", "blue", "blue"]
+    boxes = [texts.read_boxes(draw(*stack(rng, colors))) for _ in range(40)]
+    counts = [len(statements) for statements in texts.make_statements(boxes, 20, rng)]
+    assert abs(sum(counts[:20]) / sum(counts) - 0.5) < 0.05 and min(counts) >= 10
+
+
+def test_pictures_without_companions_are_refused(texts, pictures):
+    boxes = [texts.read_boxes(picture) for picture in pictures]
+    alone = [boxes[group[0]] for group in texts.group_by_things(boxes, range(60))]
+    with pytest.raises(ValueError, match="too few of them show the same things, differently arranged"):
+        texts.make_statements(alone, 10, np.random.default_rng(0))
 
 
 def test_more_numbers_than_kinds_of_things_are_refused(tmp_path):
