@@ -429,9 +429,10 @@ def vary(sentence: str, rng: Generator) -> str:
 def make_statements(pictures: list[list[Box]], mean_count: int, rng: Generator) -> list[dict[str, str]]:
     """Of each picture statements, with "true" or "false": `mean_count` on average, at most twice as many.
 
-    Each is true of as many pictures as it is false of, so that nothing follows from the words of one alone. Half are
-    chosen within groups of pictures that show the same things, differently arranged: most of NLVR's pictures have such
-    a companion, of which what people wrote of them is false, so that counting over a whole picture helps little.
+    Each is true of as many pictures as it is false of, so that nothing follows from the words of one alone. A third
+    are chosen within groups of pictures that show the same things, differently arranged: most of NLVR's pictures have
+    such a companion, of which what people wrote of them is false, so that counting over a whole picture helps little.
+    With half of them so less is learned (docs/results/alignment.md).
 
     Raises:
         ValueError: so many cannot be found.
@@ -443,7 +444,8 @@ def make_statements(pictures: list[list[Box]], mean_count: int, rng: Generator) 
         "the same things": {towers: group_by_things(pictures, own) for towers, own in numbers.items()},
         "any things": {towers: [own] for towers, own in numbers.items()},
     }
-    missing, unsuccessful = dict.fromkeys(pools, mean_count * len(pictures) / 2), 0
+    wanted = mean_count * len(pictures)
+    missing, unsuccessful = {"the same things": wanted / 3, "any things": wanted * 2 / 3}, 0
     while max(missing.values()) > 0:
         pool = max(missing, key=missing.get)
         towers = bool(kinds[rng.integers(len(pictures))])

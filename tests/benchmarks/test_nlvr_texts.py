@@ -218,7 +218,7 @@ def test_each_statement_is_true_as_often_as_false(texts, pictures):
     assert made == again
 
 
-def test_half_of_the_statements_tell_pictures_of_the_same_things_apart(texts, pictures):
+def test_a_third_of_the_statements_tell_pictures_of_the_same_things_apart(texts, pictures):
     """Each true of as many pictures as it is false of within every group of pictures that show the same things."""
     boxes = [texts.read_boxes(picture) for picture in pictures]
     groups = texts.group_by_things(boxes, range(len(boxes)))
@@ -232,7 +232,7 @@ def test_half_of_the_statements_tell_pictures_of_the_same_things_apart(texts, pi
                 one = balance.setdefault(sentence.lower().removesuffix("."), Counter())
                 one[number] += 1 if answer == "true" else -1
     told_apart = [not any(counts.values()) for counts in balance.values()]
-    assert 0.4 < np.mean(told_apart) < 0.7
+    assert 0.25 < np.mean(told_apart) < 0.45
 
 
 def test_pictures_get_alike_many_statements_wherever_they_stand(texts):
