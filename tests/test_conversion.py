@@ -415,9 +415,7 @@ def test_command_errors_are_one_clear_line(mae_directory, tmp_path):
     message = error_of("to-vit", missing, tmp_path / "out")
     assert message == f"{prefix}{missing} is neither a directory nor a Hub id (owner/name)"
     message = error_of("to-vit", mae_directory, tmp_path / "out")
-    assert message == (
-        f"{prefix}{mae_directory} has model_type='vit_mae' in its config.json; 'ehm' is expected"
-    )
+    assert message == (f"{prefix}{mae_directory} has model_type='vit_mae' in its config.json; 'ehm' is expected")
     (tmp_path / "empty").mkdir()
     assert "config.json" in error_of("from-vit-mae", tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()
