@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -629,6 +630,30 @@ class TestExamples(torch.utils.data.Dataset):
         return self.questions.examples[row] | ({} if pixels is None else {"pixel_values": pixels})
 
 
+@contextmanager
+def precision_of_answers(trainer: "AlignmentTrainer"):
+    """That of the saved weights, so that the answers on record are those which the directory gives afterwards.
+
+    Mixed precision is for training; between two nearly equal words it can decide otherwise. Where some weights are
+    bfloat16 (`head.dtype`), or the attention is a kernel for half precision, it is needed here too.
+    """
+    model = trainer.bare_model
+    parts = model.config, model.config.vision_config, model.config.text_config
+    fused = any((part._attn_implementation or "").startswith("flash") for part in parts)
+    if fused or any(p.dtype != torch.float32 for p in model.parameters()):
+        with trainer.compute_loss_context_manager():
+            yield
+        return
+    wrapped = model.__dict__.get("forward")  # accelerate puts it before the class's own, for mixed precision
+    if hasattr(model, "_original_forward"):
+        model.forward = model._original_forward
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
+
+
 @torch.no_grad()
 def write_answers(
     model,
@@ -718,7 +743,7 @@ def ask_all(trainer: AlignmentTrainer) -> dict[str, float]:
     args, test, model = trainer.args, trainer.questions, trainer.bare_model
     mine = list(range(len(test.questions)))[args.process_index :: args.world_size]
 
-    with evaluation_mode(model), trainer.compute_loss_context_manager():
+    with evaluation_mode(model), precision_of_answers(trainer):
         answers = write_answers(
             model,
             trainer.joined.tokenizer,

@@ -287,6 +287,31 @@ def test_frozen_weights_may_be_half_as_large(tmp_path, pretrained, language_mode
         prepared(tmp_path, pretrained, data, head, {"bf16": False})
 
 
+def test_answers_are_written_in_the_precision_of_the_saved_weights(tmp_path, pretrained, language_model, monkeypatch):
+    """Mixed precision decides otherwise between nearly equal words; bfloat16 weights beside float32 ones need it."""
+    data = {"train": questions(tmp_path / "train.parquet"), "test": questions(tmp_path / "test.parquet")}
+    mixed = []
+    own = align.write_answers
+
+    def write_answers(model, *args, **kwargs):
+        model.lm_head.register_forward_hook(lambda *_: mixed.append(torch.is_autocast_enabled("cpu")))
+        return own(model, *args, **kwargs)
+
+    monkeypatch.setattr(align, "write_answers", write_answers)
+    lora = {"language_model_training": "lora", "lora_rank": 2}
+    for number, head in enumerate(({}, {"dtype": "bfloat16"} | lora)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        trainer = prepared(folder, pretrained, data, {"language_model": language_model} | head, {"bf16": True})
+        align.execute(trainer)
+        assert mixed and set(mixed) == {number == 1}
+        mixed.clear()
+        with torch.no_grad():  # and training would go on as before
+            trainer.evaluate()
+        assert mixed and set(mixed) == {True}
+        mixed.clear()
+
+
 def test_each_part_has_its_rate(tmp_path, pretrained, first_stage):
     data = {"train": questions(tmp_path / "train.parquet")}
     head = {"language_model_training": "full", "train_tower": True, "vision_feature_layer": -1}
