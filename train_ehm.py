@@ -7,6 +7,7 @@ import sys
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 
+from modeling_ehm.training.data import UnusableData
 from modeling_ehm.training.tasks import TASKS, load_recipe
 
 
@@ -24,7 +25,10 @@ def main(arguments: list[str] | None = None) -> None:
         prepared = task.prepare(recipe)
     except (StrictDataclassError, ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    task.execute(prepared)
+    try:
+        task.execute(prepared)
+    except UnusableData as error:  # from a worker it comes with that one's traceback before it
+        sys.exit(f"error: {' '.join(str(error).split('UnusableData: ')[-1].split())}")
     state = PartialState()
     state.wait_for_everyone()  # a process that leaves while others still talk to it is aborted
     state.destroy_process_group()

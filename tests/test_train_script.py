@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 from tiny_recipes import PROBES, ROOT, SEGMENTS, child_environment, write_parquet, write_recipe
 
+from modeling_ehm.training.tasks import TASKS
+
 SCRIPT = ROOT / "train_ehm.py"
 FIVE = ["model.num_channels=5", "data.image_mean=[0, 0, 0, 0, 0]", "data.image_std=[1, 1, 1, 1, 1]"]
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
@@ -121,13 +123,25 @@ def test_an_empty_stream_is_told_in_one_line(error_of, tmp_path):
     assert "data.train yields no images" in line
 
 
-def test_errors_of_training_keep_their_traceback(tmp_path, monkeypatch):
-    """Nothing but broken images: the run stops at the first step and names the record that lists them."""
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_broken_images_is_told_in_one_line(error_of, tmp_path, workers):
+    """The run stops at the first step and names the record that lists them."""
     data = {"train": {"path": "parquet", "data_files": write_parquet(tmp_path / "broken.parquet", [b"text"] * 3)}}
-    monkeypatch.setattr(sys, "argv", ["train_ehm.py", str(write_recipe(tmp_path / "recipe.yaml", data=data))])
-    with pytest.raises(RuntimeError, match="none of the images .*skipped_images.jsonl"):
+    recipe = write_recipe(tmp_path / "recipe.yaml", data=data, training={"dataloader_num_workers": workers})
+    line = error_of(recipe=recipe)
+    assert line.startswith("error: none of the images of data.train") and "skipped_images.jsonl" in line
+    assert "Traceback" not in line
+    assert len((tmp_path / "out" / "skipped_images.jsonl").read_text().splitlines()) >= 3
+
+
+def test_errors_of_training_keep_their_traceback(tmp_path, monkeypatch):
+    def fail(trainer):
+        raise RuntimeError("of the library")
+
+    monkeypatch.setattr(TASKS["pretrain"], "execute", fail)
+    monkeypatch.setattr(sys, "argv", ["train_ehm.py", str(write_recipe(tmp_path / "recipe.yaml"))])
+    with pytest.raises(RuntimeError, match="of the library"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert len((tmp_path / "out" / "skipped_images.jsonl").read_text().splitlines()) == 3
 
 
 def test_a_data_set_that_cannot_be_reached_is_told_in_one_line(error_of, monkeypatch):

@@ -330,7 +330,8 @@ class Renderer:
         if all(label == IGNORED for label in labels):
             raise ConversationError(
                 f"image and question alone have {max_length} tokens or more, the limit of data.max_length"
-                f" ({self.num_image_tokens} are the image's); shorten the question, or raise max_length"
+                f" ({self.num_image_tokens} are the image's); shorten the question, or raise that"
+                " where the model's context is longer"
             )
         return Encoded(ids, labels, ", and ".join(cuts))
 

@@ -428,6 +428,10 @@ def to_uint8_tensor(image: PILImage.Image) -> Tensor:
     return torch.from_numpy(array[None] if array.ndim == 2 else np.ascontiguousarray(array.transpose(2, 0, 1)))
 
 
+class UnusableData(RuntimeError):
+    """Too few of the rows can be used to go on."""
+
+
 class SampledExamples(torch.utils.data.Dataset):
     """Training examples by position, from rows some of which may be unusable: those are recorded and replaced.
 
@@ -486,7 +490,7 @@ class SampledExamples(torch.utils.data.Dataset):
                 last = error
                 continue
             return self.make_example(content, assigned)
-        raise RuntimeError(
+        raise UnusableData(
             f"none of the {self.kind} of data.train could be {self.done}; the last: {type(last).__name__}: {last}. See"
             f" {self.record}"
         )
@@ -507,7 +511,7 @@ class SampledExamples(torch.utils.data.Dataset):
         expected = self.max_skipped_share * self.tried
         # Three standard deviations of grace: a share just below the limit must not end a run by chance.
         if self.tried >= 100 and self.skipped > expected + 3 * expected**0.5:
-            raise RuntimeError(
+            raise UnusableData(
                 f"{self.skipped} of {self.tried} {self.kind} could not be {self.done}, more than"
                 f" data.max_skipped_share={self.max_skipped_share}; the last: {type(error).__name__}: {error}."
                 f" See {self.record}; raise the share if that many broken {self.kind} are expected"

@@ -194,14 +194,16 @@ def _hashes(folder: Path) -> str:
 
 
 def _describe_settings(run: RunRecord) -> str:
-    """The recipe's sections as YAML, without folders of the machine."""
+    """The recipe's sections as YAML, without the places of data and folders of the machine."""
     folders = ("resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config")
     training = {k: v for k, v in run.training.items() if not k.endswith("_dir") and k not in folders}
     model = {key: value for key, value in run.model.items() if key != "pretrained"}
-    if "head" in model:  # Hub ids stay, of folders and files the last part does
-        names = {key: Path(model["head"][key]) for key in HEAD_PATHS if model["head"].get(key)}
-        model["head"] = model["head"] | {key: path.name for key, path in names.items() if path.exists()}
-    return yaml.safe_dump({"model": model, "data": run.augmentation, "training": training}, sort_keys=False).rstrip()
+    sections = {"task": run.task, "model": model}
+    if (head := model.pop("head", None)) is not None:  # Hub ids stay, of folders and files the last part does
+        names = {key: Path(head[key]) for key in HEAD_PATHS if head.get(key)}
+        sections["head"] = head | {key: path.name for key, path in names.items() if path.exists()}
+    sections |= {"data": run.augmentation, "training": training}
+    return yaml.safe_dump(sections, sort_keys=False).rstrip()
 
 
 def _describe_skipped(skipped: list[dict]) -> str:

@@ -45,6 +45,7 @@ from modeling_ehm.training.data import (
     SampledExamples,
     StreamedSamples,
     decode_image,
+    describe_source,
     keyed_bits,
     open_samples,
 )
@@ -585,7 +586,7 @@ class TestQuestions:
                 self._add(number)
             except Exception as error:  # Pillow raises nearly every type on broken files
                 reason = error if isinstance(error, ConversationError) else f"{type(error).__name__}: {error}"
-                raise ValueError(f"{data.test.path}: row {number}: {reason}") from None
+                raise ValueError(f"{describe_source(data.test)}: row {number}: {reason}") from None
 
     def _add(self, number: int) -> None:
         columns = self.rows.dataset[number]
@@ -596,7 +597,7 @@ class TestQuestions:
             if len(prompt) > self.longest_prompt:
                 raise ConversationError(
                     f"the question has {len(prompt)} tokens with its image; {self.longest_prompt} are left beside"
-                    " head.max_new_tokens; shorten it, or raise data.max_length"
+                    " head.max_new_tokens; shorten it, or raise data.max_length where the model's context is longer"
                 )
             self.questions.append(TestQuestion(number, prompt, turns[-1].text, references, name))
         bits = np.arange(10_000, dtype=np.uint64)  # nothing is drawn: first template, questions as they stand
