@@ -5,6 +5,8 @@ AutoModelForImageClassification, AutoModelForSemanticSegmentation and AutoBackbo
 without remote code. Its image processor is transformers' own ViTImageProcessor.
 """
 
+from importlib.util import find_spec
+
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -15,7 +17,7 @@ from transformers import (
 )
 
 from .configuration_ehm import EHMConfig
-from .hierarchy_ehm import PatchHierarchy, build_hierarchy
+from .hierarchy_ehm import MERGING, PatchHierarchy, build_hierarchy
 from .masking_ehm import hierarchical_mask, mask_scores, num_nodes_at
 from .modeling_ehm import (
     EHMBackbone,
@@ -35,6 +37,16 @@ AutoModelForPreTraining.register(EHMConfig, EHMForPreTraining, exist_ok=True)
 AutoModelForImageClassification.register(EHMConfig, EHMForImageClassification, exist_ok=True)
 AutoModelForSemanticSegmentation.register(EHMConfig, EHMForSemanticSegmentation, exist_ok=True)
 AutoBackbone.register(EHMConfig, EHMBackbone, exist_ok=True)
+
+
+def _merge_compiled(affinity, linkage):
+    from .compiled_merging import merge_compiled  # here, so that who builds no tree need not wait for numba
+
+    return merge_compiled(affinity, linkage)
+
+
+if find_spec("numba") is not None:
+    MERGING["cpu"] = _merge_compiled
 
 __all__ = [
     "EHMBackbone",

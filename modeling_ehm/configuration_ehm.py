@@ -16,7 +16,7 @@ AUTO_MAP = {
 }
 
 OBJECTIVES = ("mae", "simmim")
-MASK_POLICIES = ("ehm", "random")
+SCHEDULED_POLICIES = ("ehm", "epm")  # mask policies that mask ever fewer, ever larger nodes or parts
 TEACHERS = ("online", "ema")
 AFFINITIES = ("attention", "keys")
 LINKAGES = ("average", "single", "complete")
@@ -54,10 +54,13 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
         decoder_num_hidden_layers: Decoder layers.
         decoder_intermediate_size: Width of the decoder's MLP.
         mask_ratio: Share of patches hidden, strictly between 0 and 1.
+        masks_per_image: Masks drawn from one tree, and trained on, for each image of a training batch; their visible
+            patches differ as far as the ratio allows. Pixels are decoded and the teacher runs once for all of them.
         norm_pix_loss: Whether targets are normalised per patch (the better choice in MAE's Table 1).
         objective: "mae": the encoder sees visible patches only, a decoder predicts the others, squared error.
             "simmim": mask tokens inside the encoder, a linear head, absolute error.
-        mask_policy: "ehm": masks from the model's own hierarchy. "random": MAE's random masks, no teacher pass.
+        mask_policy: "ehm": masks from the model's own hierarchy. "random": MAE's random masks, no teacher pass. Others,
+            and how to add your own: `mask_policies_ehm.py`.
         teacher: Whose affinities build the hierarchy: "online", the present weights; "ema", their moving average.
         teacher_decay: Decay of the moving average per optimiser step; EPM used 0.99996, a horizon of 25,000 steps.
         teacher_warmup_steps: The decay grows as `1 - 1 / (1 + step / teacher_warmup_steps)` until `teacher_decay`,
@@ -105,6 +108,7 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
     decoder_num_hidden_layers: int = 8
     decoder_intermediate_size: int = 2048
     mask_ratio: float = 0.75
+    masks_per_image: int = 1
     norm_pix_loss: bool = True
     objective: str = "mae"
 
@@ -233,6 +237,8 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
     def _check_mask_ratio(self):
         if not 0 < self.mask_ratio < 1:
             raise ValueError(f"mask_ratio={self.mask_ratio} must lie strictly between 0 and 1")
+        if self.masks_per_image < 1:
+            raise ValueError(f"masks_per_image={self.masks_per_image} must be at least 1")
         hidden = self.num_hidden_patches(self.num_patches)
         if not 0 < hidden < self.num_patches:
             raise ValueError(
@@ -243,7 +249,6 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
     def _check_choices(self):
         for name, allowed in (
             ("objective", OBJECTIVES),
-            ("mask_policy", MASK_POLICIES),
             ("teacher", TEACHERS),
             ("affinity", AFFINITIES),
             ("linkage", LINKAGES),

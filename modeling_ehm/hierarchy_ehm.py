@@ -6,6 +6,7 @@ until one is left; average linkage, the symmetrisation and the form in which the
 Letters: B images, N patches, K nodes of a cut, M clusters that are still being merged.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,10 @@ from torch import Tensor
 
 # Stands for "not a candidate". Finite, so that weighting it by 0 gives 0; affinities must stay far above it.
 NOBODY, LOWEST = -1e30, -1e15
+
+# Faster ways to do what `merge_in_rounds` does, by type of device. They find the same trees, leave the affinity as it
+# is, and return None for one that is not clean. `modeling_ehm` adds one for CPUs where numba is installed.
+MERGING: dict[str, Callable[[Tensor, str], tuple[Tensor, Tensor, Tensor] | None]] = {}
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,26 @@ def build_hierarchy(
     Raises:
         ValueError: wrong shape, NaN or infinite values, not symmetric, or an unknown linkage.
     """
-    similarity = _checked_affinity(affinity, linkage, grid_size)
+    _check_arguments(affinity, linkage, grid_size)
+    affinity = affinity.detach().to(torch.promote_types(affinity.dtype, torch.float32))
+    merge = MERGING.get(affinity.device.type)
+    merged = None if merge is None else merge(affinity, linkage)
+    if merged is None:
+        affinity = _clean_affinity(affinity)
+        merged = merge_in_rounds(affinity.clone(), linkage) if merge is None else merge(affinity, linkage)
+    return PatchHierarchy(*merged, grid_size)
+
+
+def merge_in_rounds(similarity: Tensor, linkage: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge until one cluster is left.
+
+    Args:
+        similarity: `(B, N, N)` float32 or float64, bitwise symmetric, finite but for the diagonal; overwritten.
+        linkage: As for `build_hierarchy`.
+
+    Returns:
+        `parent`, `height` and `rank` of `PatchHierarchy`, each `(B, N)`.
+    """
     batch, count = similarity.shape[:2]
     device = similarity.device
     parent = torch.zeros(batch, count, dtype=torch.long, device=device)
@@ -165,10 +189,10 @@ def build_hierarchy(
         floor = torch.where(absorbs, level, floor).gather(1, keep)
         leaf, active = leaf.gather(1, keep), active.gather(1, keep)
         similarity = _exclude(similarity, active)
-    return PatchHierarchy(parent, height, _merge_order(height, merged_in), grid_size)
+    return parent, height, _merge_order(height, merged_in)
 
 
-def _checked_affinity(affinity: Tensor, linkage: str, grid_size: tuple[int, int] | None) -> Tensor:
+def _check_arguments(affinity: Tensor, linkage: str, grid_size: tuple[int, int] | None) -> None:
     if linkage not in ("average", "single", "complete"):
         raise ValueError(f"linkage={linkage!r} is not one of average, single, complete")
     if affinity.ndim != 3 or affinity.shape[1] != affinity.shape[2] or 0 in affinity.shape:
@@ -177,7 +201,10 @@ def _checked_affinity(affinity: Tensor, linkage: str, grid_size: tuple[int, int]
         raise ValueError(f"grid_size={grid_size} does not hold {affinity.shape[1]} patches")
     if not affinity.is_floating_point():
         raise ValueError(f"affinity has dtype {affinity.dtype}; a floating point type is expected")
-    affinity = affinity.detach().to(torch.promote_types(affinity.dtype, torch.float32))
+
+
+def _clean_affinity(affinity: Tensor) -> Tensor:
+    """The affinity, made symmetric to the last bit if it nearly is; errors on any other one that cannot be merged."""
     off_diagonal = affinity.masked_fill(torch.eye(affinity.shape[1], dtype=torch.bool, device=affinity.device), 0)
     if not bool(off_diagonal.isfinite().all()):
         raise ValueError("affinity holds NaN or infinite values; look for an overflow in the teacher's attention")
@@ -188,7 +215,7 @@ def _checked_affinity(affinity: Tensor, linkage: str, grid_size: tuple[int, int]
         if not torch.allclose(off_diagonal, off_diagonal.transpose(1, 2), rtol=1e-5, atol=1e-7):
             raise ValueError("affinity is not symmetric; pass symmetrize(affinity)")
         return symmetrize(affinity)
-    return affinity.clone()
+    return affinity
 
 
 def _exclude(similarity: Tensor, active: Tensor) -> Tensor:
@@ -228,7 +255,7 @@ def _merge(similarity: Tensor, keep: Tensor, partner: Tensor, share: Tensor, lin
     for _ in range(2):
         kept, other = _take_rows(similarity, keep), _take_rows(similarity, partner)
         if linkage == "average":
-            joined = torch.lerp(other, kept, share[..., None])  # exact where the share is 1
+            joined = other + share[..., None] * (kept - other)  # exact where both are equal, as those without a partner
         else:
             joined = torch.maximum(kept, other) if linkage == "single" else torch.minimum(kept, other)
         similarity = joined.transpose(1, 2)

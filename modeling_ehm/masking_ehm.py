@@ -123,16 +123,16 @@ def mask_scores(hierarchy: PatchHierarchy, num_nodes: int | Tensor, mask_seed: T
     mask_seed = mask_seed.to(hierarchy.parent.device)
     node = keyed_uniform(mask_seed, count, NODE_STREAM).gather(1, hierarchy.cut(num_nodes))  # (B, N)
     score = (1 - softness) * node + softness * keyed_uniform(mask_seed, count, PATCH_STREAM)
-    return _ranks(score, keyed_uniform(mask_seed, count, SPLIT_STREAM))
+    return rank_scores(score, keyed_uniform(mask_seed, count, SPLIT_STREAM))
 
 
 def random_scores(mask_seed: Tensor, num_patches: int) -> Tensor:
     """`(B, N)` scores of MAE's random masking, a permutation of 0, 1/N, ... in each row."""
     noise = keyed_uniform(mask_seed, num_patches, PATCH_STREAM)
-    return _ranks(noise, keyed_uniform(mask_seed, num_patches, SPLIT_STREAM))
+    return rank_scores(noise, keyed_uniform(mask_seed, num_patches, SPLIT_STREAM))
 
 
-def _ranks(score: Tensor, tie_breaker: Tensor) -> Tensor:
+def rank_scores(score: Tensor, tie_breaker: Tensor) -> Tensor:
     """Place of each patch by score, then by tie breaker, divided by N; `(B, N)` float32."""
     by_tie = tie_breaker.argsort(dim=1, stable=True)
     order = by_tie.gather(1, score.gather(1, by_tie).argsort(dim=1, stable=True))
@@ -140,15 +140,35 @@ def _ranks(score: Tensor, tie_breaker: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(1, order, place).to(torch.float32) / score.shape[1]
 
 
-def mask_from_scores(scores: Tensor, num_hidden: int) -> Tensor:
-    """Mask the `num_hidden` patches of highest score: `(B, N)` -> `(B, N)` bool, exactly so many True in each row."""
-    count = scores.shape[1]
+def mask_from_scores(scores: Tensor, num_hidden: int, num_masks: int = 1) -> Tensor:
+    """Mask the `num_hidden` patches of highest score, or draw several masks from one order of the patches.
+
+    The r-th mask shows the patches from place `r * N // num_masks` of that order on, beyond its end those at its
+    beginning: visible sets share no patch if `num_masks * (N - num_hidden) <= N`, else as few as can be. Half of the
+    patches hidden and two masks, or three quarters and four: every patch is visible in just one.
+
+    Args:
+        scores: `(B, N)`.
+        num_hidden: Patches to hide, at least 1 and not all.
+        num_masks: R, masks an image, at least 1.
+
+    Returns:
+        `(B * R, N)` bool, the masks of one image in sequence, exactly `num_hidden` True in each row.
+    """
+    batch, count = scores.shape
     if not 0 < num_hidden < count:
         raise ValueError(
             f"num_hidden={num_hidden} must lie in [1, {count - 1}]: hide at least one of {count} patches, not all"
         )
-    hidden = scores.argsort(dim=1, stable=True)[:, count - num_hidden :]
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, hidden, True)
+    if num_masks < 1:
+        raise ValueError(f"num_masks={num_masks} must be at least 1")
+    order = scores.argsort(dim=1, stable=True)  # (B, N): patch at each place
+    place = torch.arange(count, device=scores.device)
+    start = torch.arange(num_masks, device=scores.device)[:, None] * count // num_masks
+    hidden = (place - start) % count >= count - num_hidden  # (R, N), by place
+    hidden = hidden.expand(batch, num_masks, count)
+    by_patch = torch.empty_like(hidden).scatter_(2, order[:, None].expand_as(hidden), hidden)
+    return by_patch.flatten(0, 1)
 
 
 def hierarchical_mask(
@@ -182,5 +202,6 @@ __all__ = [
     "mask_scores",
     "num_nodes_at",
     "random_scores",
+    "rank_scores",
     "softness_at",
 ]

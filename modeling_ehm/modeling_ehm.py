@@ -40,7 +40,8 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .configuration_ehm import AUTO_MAP, EHMConfig, to_pair
 from .hierarchy_ehm import PatchHierarchy, build_hierarchy, symmetrize
-from .masking_ehm import draw_mask_seeds, mask_from_scores, mask_scores, num_nodes_at, random_scores, softness_at
+from .mask_policies_ehm import MaskRequest, mask_policy_named
+from .masking_ehm import draw_mask_seeds, mask_from_scores, num_nodes_at, softness_at
 
 
 @dataclass
@@ -48,11 +49,14 @@ class EHMForPreTrainingOutput(ModelOutput):
     """Output of `EHMForPreTraining`.
 
     Attributes:
-        loss: Scalar; error of the hidden patches.
-        logits: `(B, N, P*P*C)`; predicted pixels of every patch, normalised per patch if `norm_pix_loss`.
+        loss: Scalar; error of the hidden patches, mean over all masks.
+        logits: `(B, N, P*P*C)`; predicted pixels of every patch, normalised per patch if `norm_pix_loss`. None in
+            training mode, unless `return_logits` asks for them.
         mask: `(B, N)` bool, True = masked.
         hidden_states: Encoder states, each `(B, 1 + V, D)`, or `(B, 1 + N, D)` with the SimMIM objective.
         attentions: Encoder attention maps, each `(B, heads, T, T)`.
+
+    With R masks an image every B is B * R, the masks of one image in sequence.
     """
 
     loss: Tensor | None = None
@@ -103,8 +107,8 @@ def sincos_positions(grid_size: tuple[int, int], width: int) -> Tensor:
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), table])[None].float()
 
 
-def visible_ids(bool_masked_pos: Tensor, batch_size: int, num_patches: int) -> Tensor:
-    """Indices of the visible patches, ascending: `(B, N)` bool -> `(B, V)` int64.
+def count_hidden(bool_masked_pos: Tensor, batch_size: int, num_patches: int) -> int:
+    """How many patches each row of a mask hides; waits for a GPU to know it.
 
     Raises:
         ValueError: another dtype or shape, rows with different counts, or a row without a visible patch.
@@ -122,8 +126,17 @@ def visible_ids(bool_masked_pos: Tensor, batch_size: int, num_patches: int) -> T
         )
     if high == num_patches:
         raise ValueError(f"bool_masked_pos masks all {num_patches} patches; the encoder needs at least one visible")
-    order = bool_masked_pos.to(torch.uint8).argsort(dim=1, stable=True)
-    return order[:, : num_patches - int(high)]
+    return int(high)
+
+
+def visible_first(bool_masked_pos: Tensor) -> Tensor:
+    """Patch indices, the visible ones ascending, then the hidden ones ascending: `(B, N)` bool -> `(B, N)` int64."""
+    return bool_masked_pos.to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def take_patches(patches: Tensor, index: Tensor) -> Tensor:
+    """`(B, N, D)` and `(B, M)` -> `(B, M, D)`."""
+    return patches.gather(1, index[..., None].expand(-1, -1, patches.shape[2]))
 
 
 class EHMPatchEmbeddings(nn.Module):
@@ -176,12 +189,14 @@ class EHMEmbeddings(nn.Module):
         """`(1, 1 + N, D)` for any grid."""
         return positions_for(grid_size, self.grid_size, self.position_embeddings)
 
-    def forward(self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None) -> Tensor:
+    def forward(
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, num_hidden: int | None = None
+    ) -> Tensor:
         grid_size = self.patch_embeddings.grid_of(pixel_values)
         positions = self.positions(grid_size)
         patches = patchify(pixel_values, self.patch_embeddings.patch_size)  # (B, N, P*P*C)
-        if bool_masked_pos is not None:
-            ids_keep = visible_ids(bool_masked_pos, *patches.shape[:2])  # (B, V); checks the mask
+        if bool_masked_pos is not None and num_hidden is None:
+            num_hidden = count_hidden(bool_masked_pos, *patches.shape[:2])
         if bool_masked_pos is None or self.mask_token is not None:
             hidden_states = self.patch_embeddings(patches)  # (B, N, D)
             if bool_masked_pos is not None:
@@ -189,7 +204,8 @@ class EHMEmbeddings(nn.Module):
                 hidden_states = torch.where(bool_masked_pos[..., None], mask_token, hidden_states)
             hidden_states = hidden_states + positions[:, 1:]
         else:
-            visible = patches.gather(1, ids_keep[..., None].expand(-1, -1, patches.shape[2]))  # (B, V, P*P*C)
+            ids_keep = visible_first(bool_masked_pos)[:, : patches.shape[1] - num_hidden]  # (B, V)
+            visible = take_patches(patches, ids_keep)  # (B, V, P*P*C)
             hidden_states = self.patch_embeddings(visible) + positions[0, 1:][ids_keep]  # (B, V, D)
         cls_token = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1).to(hidden_states.dtype)
         return self.dropout(torch.cat([cls_token, hidden_states], dim=1))  # (B, 1 + V, D)
@@ -204,6 +220,12 @@ def positions_for(grid_size: tuple[int, int], native_grid: tuple[int, int], tabl
     return sincos_positions(grid_size, table.shape[-1]).to(table)
 
 
+def attention_map(query: Tensor, key: Tensor, scaling: float, bias: Tensor | None = None) -> Tensor:
+    """Softmaxed attention `(B, heads, T, T)` in float32; `bias`, added to the logits, broadcasts to that shape."""
+    logits = (query @ key.transpose(2, 3)) * scaling
+    return (logits if bias is None else logits + bias).softmax(dim=-1, dtype=torch.float32)
+
+
 def eager_attention(
     module: nn.Module,
     query: Tensor,
@@ -215,10 +237,7 @@ def eager_attention(
     **kwargs,
 ) -> tuple[Tensor, Tensor]:
     """Attention that keeps its map: `(B, heads, T, head_dim)` -> `(B, T, heads, head_dim)`, `(B, heads, T, T)`."""
-    weights = (query @ key.transpose(2, 3)) * scaling
-    if attention_mask is not None:
-        weights = weights + attention_mask
-    weights = weights.softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = attention_map(query, key, scaling, attention_mask).to(query.dtype)
     output = F.dropout(weights, p=dropout, training=module.training) @ value
     return output.transpose(1, 2).contiguous(), weights
 
@@ -242,15 +261,24 @@ class EHMAttention(nn.Module):
         """`(B, T, D)` -> `(B, heads, T, head_dim)`."""
         return projected.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def query_key(self, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys, each `(B, heads, T, head_dim)`."""
-        return self.split_heads(self.q_proj(hidden_states)), self.split_heads(self.k_proj(hidden_states))
+    def query_key(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor]:
+        """Queries of the last `num_queries` tokens (None: of all) and keys, each `(B, heads, T, head_dim)`."""
+        asking = hidden_states if num_queries is None else hidden_states[:, -num_queries:]
+        return self.split_heads(self.q_proj(asking)), self.split_heads(self.k_proj(hidden_states))
 
-    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
-        query, key = self.query_key(hidden_states)
-        return self.attend(query, key, hidden_states, **kwargs)
+    def read(self, hidden_states: Tensor, what: str) -> Tensor:
+        """What an affinity is made of: "attention", the map `(B, heads, T, T)`, or "keys" `(B, heads, T, head_dim)`."""
+        if what == "keys":
+            return self.split_heads(self.k_proj(hidden_states))
+        return attention_map(*self.query_key(hidden_states), self.scaling)
 
-    def attend(self, query: Tensor, key: Tensor, hidden_states: Tensor, **kwargs) -> tuple[Tensor, Tensor | None]:
+    def attend_by(self, weights: Tensor, hidden_states: Tensor) -> Tensor:
+        """Output of an attention whose map `(B, heads, T, T)` is known."""
+        value = self.split_heads(self.v_proj(hidden_states))
+        return self.o_proj((weights.to(value.dtype) @ value).transpose(1, 2).flatten(2))
+
+    def forward(self, hidden_states: Tensor, num_queries: int | None = None, **kwargs) -> tuple[Tensor, Tensor | None]:
+        query, key = self.query_key(hidden_states, num_queries)
         value = self.split_heads(self.v_proj(hidden_states))
         attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         if kwargs.get("output_attentions"):
@@ -293,40 +321,42 @@ class EHMLayer(GradientCheckpointingLayer):
         self.mlp = EHMMLP(config, hidden_size, intermediate_size)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, hidden_states: Tensor, query_key: str | None = None, **kwargs) -> Tensor | tuple[Tensor, ...]:
+    def forward(
+        self,
+        hidden_states: Tensor,
+        num_queries: int | None = None,
+        read: str | None = None,
+        read_only: bool = False,
+        **kwargs,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """`(B, T, D)` -> `(B, T, D)`.
 
         Args:
             hidden_states: Tokens.
-            query_key: None for the plain layer; "also" returns `(hidden_states, query, key)`; "only" stops after the
-                projections and returns `(query, key)`. A flag of `forward`, so that wrappers which gather sharded
-                weights around a layer's call also serve the teacher.
+            num_queries: The last so many tokens alone ask, and are returned; None is all.
+            read: Of the teacher: what `EHMAttention.read` shall give; it is returned after the tokens. A flag of
+                `forward`, so that wrappers which gather sharded weights around a layer's call also serve the teacher.
+            read_only: Return what is read alone, and compute nothing else.
         """
         normed = self.layernorm_before(hidden_states)
-        if query_key is None:
-            attended, _ = self.attention(normed, **kwargs)
+        found = None if read is None else self.attention.read(normed, read)
+        if read_only:
+            return found
+        if read == "attention":  # the map is there: no kernel need make it again
+            attended = self.attention.attend_by(found, normed)
         else:
-            query, key = self.attention.query_key(normed)
-            if query_key == "only":
-                return query, key
-            attended, _ = self.attention.attend(query, key, normed, **kwargs)
+            attended, _ = self.attention(normed, num_queries=num_queries, **kwargs)
+        hidden_states = hidden_states if num_queries is None else hidden_states[:, -num_queries:]
         hidden_states = hidden_states + self._drop(attended)
         hidden_states = hidden_states + self._drop(self.mlp(self.layernorm_after(hidden_states)))
-        return hidden_states if query_key is None else (hidden_states, query, key)
+        return hidden_states if read is None else (hidden_states, found)
 
     def _drop(self, residual: Tensor) -> Tensor:
         return drop_path(self.dropout(residual), self.drop_path_rate, self.training)
 
 
-def attention_affinity(
-    query: Tensor, key: Tensor, scaling: float, num_prefix: int = 1, bias: Tensor | None = None
-) -> Tensor:
-    """Softmaxed attention averaged over heads, prefix tokens' rows and columns removed; `(B, N, N)` float32.
-
-    `bias` is what some models add to the logits, as relative positions; it broadcasts to `(B, heads, T, T)`.
-    """
-    logits = (query @ key.transpose(2, 3)) * scaling
-    weights = (logits if bias is None else logits + bias).softmax(dim=-1, dtype=torch.float32)
+def attention_affinity(weights: Tensor, num_prefix: int = 1) -> Tensor:
+    """Maps `(B, heads, T, T)` averaged over heads, prefix tokens' rows and columns removed; `(B, N, N)`."""
     return weights[..., num_prefix:, num_prefix:].mean(1)
 
 
@@ -414,7 +444,7 @@ class EHMModel(EHMPreTrainedModel):
     @merge_with_config_defaults
     @capture_outputs(tie_last_hidden_states=False)
     def forward(
-        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, **kwargs
+        self, pixel_values: Tensor, bool_masked_pos: Tensor | None = None, num_hidden: int | None = None, **kwargs
     ) -> BaseModelOutputWithPooling:
         """Encode images.
 
@@ -422,6 +452,8 @@ class EHMModel(EHMPreTrainedModel):
             pixel_values: `(B, C, H, W)`, normalised as the image processor does; H and W multiples of the patch.
             bool_masked_pos: `(B, N)` bool, True = masked, the same count in each row. Masked patches are left out
                 (objective "mae") or replaced by the mask token ("simmim"). None: nothing is masked.
+            num_hidden: How many each row masks, from a caller who knows: the mask is not checked then, for which a GPU
+                would have to be waited for.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`. `interpolate_pos_encoding` is accepted
                 for stock pipelines and changes nothing: positions are made for the grid at hand.
 
@@ -431,7 +463,7 @@ class EHMModel(EHMPreTrainedModel):
             last of them before the final norm; `attentions`.
         """
         kwargs.pop("interpolate_pos_encoding", None)
-        hidden_states = self.embeddings(pixel_values, bool_masked_pos)  # (B, 1 + V, D)
+        hidden_states = self.embeddings(pixel_values, bool_masked_pos, num_hidden)  # (B, 1 + V, D)
         for layer in self.layers:
             hidden_states = layer(hidden_states, **kwargs)
         hidden_states = self.layernorm(hidden_states)
@@ -457,13 +489,13 @@ class EHMModel(EHMPreTrainedModel):
                     hidden_states = layer(hidden_states)
                     continue
                 if index == chosen[-1]:
-                    query, key = layer(hidden_states, query_key="only")
+                    found = layer(hidden_states, read=self.config.affinity, read_only=True)
                 else:
-                    hidden_states, query, key = layer(hidden_states, query_key="also")
+                    hidden_states, found = layer(hidden_states, read=self.config.affinity)
                 if self.config.affinity == "attention":
-                    total = total + attention_affinity(query, key, layer.attention.scaling)
+                    total = total + attention_affinity(found)
                 else:
-                    total = total + key_affinity(key)
+                    total = total + key_affinity(found)
         return symmetrize(total / len(chosen))
 
     def parse_hierarchy(self, pixel_values: Tensor) -> PatchHierarchy:
@@ -499,19 +531,28 @@ class EHMDecoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(width, config.patch_dim)
 
-    def forward(self, visible: Tensor, bool_masked_pos: Tensor, grid_size: tuple[int, int]) -> Tensor:
-        """`(B, 1 + V, D)` and `(B, N)` -> `(B, N, P*P*C)`."""
+    def forward(
+        self, visible: Tensor, bool_masked_pos: Tensor, grid_size: tuple[int, int], hidden_only: bool = False
+    ) -> Tensor:
+        """Pixels of all patches or, in less time, of the hidden ones alone.
+
+        Attention does not care about order, so tokens stand in one that needs no moving: class, visible, hidden.
+
+        Returns:
+            `(B, N, P*P*C)` in image order; with `hidden_only` `(B, H, P*P*C)`, the hidden ones in image order.
+        """
+        order = visible_first(bool_masked_pos)  # (B, N)
+        num_hidden = order.shape[1] + 1 - visible.shape[1]
+        positions = positions_for(grid_size, self.grid_size, self.decoder_pos_embed)[0]  # (1 + N, D_dec)
+        positions = torch.cat([positions[:1].expand(len(order), 1, -1), positions[1:][order]], dim=1)
         hidden_states = self.decoder_embed(visible)  # (B, 1 + V, D_dec)
-        # Visible tokens are in image order, so the place of each is the number of visible patches before it.
-        place = (~bool_masked_pos).cumsum(1)  # (B, N); index 0 is the class token, never taken: see the where below
-        spread = hidden_states.gather(1, place[..., None].expand(-1, -1, hidden_states.shape[2]))  # (B, N, D_dec)
-        mask_token = self.mask_token.to(hidden_states.dtype)
-        patches = torch.where(bool_masked_pos[..., None], mask_token, spread)
-        hidden_states = torch.cat([hidden_states[:, :1], patches], dim=1)
-        hidden_states = hidden_states + positions_for(grid_size, self.grid_size, self.decoder_pos_embed)
-        for layer in self.decoder_layers:
+        mask_tokens = self.mask_token.to(hidden_states.dtype).expand(len(order), num_hidden, -1)
+        hidden_states = torch.cat([hidden_states, mask_tokens], dim=1) + positions  # (B, 1 + N, D_dec)
+        for layer in self.decoder_layers[:-1]:
             hidden_states = layer(hidden_states)
-        return self.decoder_pred(self.decoder_norm(hidden_states)[:, 1:])
+        hidden_states = self.decoder_layers[-1](hidden_states, num_queries=num_hidden if hidden_only else None)
+        pixels = self.decoder_pred(self.decoder_norm(hidden_states))
+        return pixels if hidden_only else take_patches(pixels[:, 1:], order.argsort(dim=1))
 
 
 class EHMForPreTraining(EHMPreTrainedModel):
@@ -548,19 +589,23 @@ class EHMForPreTraining(EHMPreTrainedModel):
         progress: float | None = None,
         mask_seed: Tensor | None = None,
         return_loss: bool = True,
+        return_logits: bool | None = None,
         **kwargs,
     ) -> EHMForPreTrainingOutput:
         """Hide patches, encode the others, reconstruct the hidden ones.
 
         Args:
             pixel_values: `(B, C, H, W)`, as the image processor returns them.
-            bool_masked_pos: `(B, N)` bool, True = masked, the same count in each row; made from the model's own
-                hierarchy if None.
+            bool_masked_pos: `(B, N)` bool, True = masked, the same count in each row, or `(B * R, N)`, R masks for
+                each image in sequence. None: made from the model's own hierarchy, in training mode
+                `config.masks_per_image` of them for each image, else one.
             progress: Finished fraction of pre-training, in [0, 1]. None: `self.progress` in training mode, 1 (the
                 final masks, so that losses of different checkpoints compare) in evaluation mode.
             mask_seed: `(B,)` int64, one number a sample; the mask is a pure function of it and the image's tree,
                 whatever the batch, process or device. None draws from torch's generator.
             return_loss: Whether to compute the loss.
+            return_logits: Whether to predict every patch. None: in evaluation mode, or without a loss; else the hidden
+                patches alone are predicted, for the loss, which takes less time.
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Raises:
@@ -569,31 +614,53 @@ class EHMForPreTraining(EHMPreTrainedModel):
         unknown = kwargs.keys() - {"output_hidden_states", "output_attentions"}
         if unknown:  # a mask under a misspelt name would be ignored, and another one drawn in its place
             raise TypeError(f"forward() got unknown arguments {sorted(unknown)}; masks are given as bool_masked_pos")
-        grid_size = self.get_input_embeddings().grid_of(pixel_values)
-        if bool_masked_pos is None:
-            bool_masked_pos = self.evolve_mask(pixel_values, progress, mask_seed)  # (B, N), True = masked
-        outputs = self.ehm(pixel_values, bool_masked_pos, return_dict=True, **kwargs)  # (B, 1 + V, D); SimMIM: 1 + N
-        if self.config.objective == "mae":
-            logits = self.decoder(outputs.last_hidden_state, bool_masked_pos, grid_size)  # (B, N, P*P*C)
+        rows, columns = grid_size = self.get_input_embeddings().grid_of(pixel_values)
+        made_here = bool_masked_pos is None
+        if made_here:
+            bool_masked_pos = self.evolve_mask(pixel_values, progress, mask_seed)  # (B * R, N), True = masked
+        num_masks = len(bool_masked_pos) // max(1, len(pixel_values))
+        if num_masks > 1:
+            pixel_values = pixel_values.repeat_interleave(num_masks, dim=0)  # (B * R, C, H, W)
+        if made_here:
+            num_hidden = self.config.num_hidden_patches(rows * columns)
         else:
-            logits = self.decoder(outputs.last_hidden_state[:, 1:])  # (B, N, P*P*C)
+            num_hidden = count_hidden(bool_masked_pos, len(pixel_values), rows * columns)
+        # (B, 1 + V, D); with the SimMIM objective (B, 1 + N, D)
+        outputs = self.ehm(pixel_values, bool_masked_pos, num_hidden, return_dict=True, **kwargs)
+        hidden = visible_first(bool_masked_pos)[:, rows * columns - num_hidden :]  # (B, H)
+        if return_loss and num_hidden == 0:
+            raise ValueError("bool_masked_pos masks no patch, so there is nothing to predict; mask at least one a row")
+        hidden_only = return_loss and self.training if return_logits is None else not return_logits
+        if self.config.objective == "mae":
+            predicted = self.decoder(outputs.last_hidden_state, bool_masked_pos, grid_size, hidden_only)
+        else:
+            patches = outputs.last_hidden_state[:, 1:]
+            predicted = self.decoder(take_patches(patches, hidden) if hidden_only else patches)
+        loss = None
+        if return_loss:
+            compared = predicted if hidden_only else take_patches(predicted, hidden)
+            loss = self.reconstruction_loss(compared, pixel_values, hidden)
         return EHMForPreTrainingOutput(
-            loss=self.reconstruction_loss(logits, pixel_values, bool_masked_pos) if return_loss else None,
-            logits=logits,
+            loss=loss,
+            logits=None if hidden_only else predicted,
             mask=bool_masked_pos,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
 
-    def reconstruction_loss(self, logits: Tensor, pixel_values: Tensor, bool_masked_pos: Tensor) -> Tensor:
-        """Mean squared ("mae") or absolute ("simmim") error over the hidden patches, in float32."""
-        if not bool_masked_pos.any():
-            raise ValueError("bool_masked_pos masks no patch, so there is nothing to predict; mask at least one a row")
-        target = patchify(pixel_values.float(), to_pair(self.config.patch_size))[bool_masked_pos]  # (B * hidden, P*P*C)
+    def reconstruction_loss(self, predicted: Tensor, pixel_values: Tensor, hidden: Tensor) -> Tensor:
+        """Mean squared ("mae") or absolute ("simmim") error over the hidden patches, in float32.
+
+        Args:
+            predicted: `(B, H, P*P*C)`.
+            pixel_values: `(B, C, H, W)`.
+            hidden: `(B, H)`, indices of the hidden patches.
+        """
+        target = take_patches(patchify(pixel_values.float(), to_pair(self.config.patch_size)), hidden)
         if self.config.norm_pix_loss:
             target = normalize_patches(target)
         error = F.mse_loss if self.config.objective == "mae" else F.l1_loss
-        return error(logits[bool_masked_pos].float(), target)
+        return error(predicted.float(), target)
 
     @torch.compiler.disable  # rounds of merging depend on the data
     @torch.no_grad()
@@ -603,7 +670,8 @@ class EHMForPreTraining(EHMPreTrainedModel):
         """Masks for these images at this point of training; arguments as in `forward`.
 
         Returns:
-            `(B, N)` bool, True = masked, `round(mask_ratio * N)` True in each row.
+            `(B, N)` bool, in training mode `(B * config.masks_per_image, N)`; True = masked, `round(mask_ratio * N)`
+            True in each row.
         """
         rows, columns = self.get_input_embeddings().grid_of(pixel_values)
         if mask_seed is None:
@@ -612,15 +680,34 @@ class EHMForPreTraining(EHMPreTrainedModel):
             raise ValueError(
                 f"mask_seed has shape {tuple(mask_seed.shape)}; one number an image, ({len(pixel_values)},)"
             )
-        if self.config.mask_policy == "random":
-            scores = random_scores(mask_seed.to(pixel_values.device), rows * columns)
-        else:
-            num_nodes, softness = self.mask_schedule(progress, rows * columns)
-            scores = mask_scores(self.parse_hierarchy(pixel_values), num_nodes, mask_seed, softness)
-        return mask_from_scores(scores, self.config.num_hidden_patches(rows * columns))
+        request = MaskRequest(
+            self.config,
+            (rows, columns),
+            mask_seed.to(pixel_values.device),
+            pixel_values,
+            progress=lambda: self._known(progress),
+            schedule=lambda: self.mask_schedule(progress, rows * columns),
+            affinity=lambda: self.patch_affinity(pixel_values),
+            hierarchy=lambda: self.parse_hierarchy(pixel_values),
+        )
+        scores = mask_policy_named(self.config.mask_policy)(request)  # (B, N)
+        if scores.shape != (len(pixel_values), rows * columns):
+            raise ValueError(
+                f"mask_policy={self.config.mask_policy!r} gave scores of shape {tuple(scores.shape)};"
+                f" ({len(pixel_values)} images, {rows * columns} patches) is expected"
+            )
+        num_masks = self.config.masks_per_image if self.training else 1
+        return mask_from_scores(scores, self.config.num_hidden_patches(rows * columns), num_masks)
 
     def mask_schedule(self, progress: float | None = None, num_patches: int | None = None) -> tuple[int, float]:
         """Node count and softness at this point of training; native number of patches if None."""
+        progress = self._known(progress)
+        config = self.config
+        start, end = config.num_nodes_range(config.num_patches if num_patches is None else num_patches)
+        softness = softness_at(progress, config.softness_start, config.softness_end)
+        return num_nodes_at(progress, start, end, config.num_nodes_curve), softness
+
+    def _known(self, progress: float | None) -> float:
         if progress is None:
             progress = self.progress if self.training else 1.0
         if progress is None:
@@ -628,18 +715,20 @@ class EHMForPreTraining(EHMPreTrainedModel):
                 "progress is not known, and evolved masks depend on it: pass progress=step / max_steps, or add"
                 " ProgressCallback() from modeling_ehm.training to the Trainer"
             )
-        config = self.config
-        start, end = config.num_nodes_range(config.num_patches if num_patches is None else num_patches)
-        softness = softness_at(progress, config.softness_start, config.softness_end)
-        return num_nodes_at(progress, start, end, config.num_nodes_curve), softness
+        return progress
+
+    @torch.no_grad()
+    def patch_affinity(self, pixel_values: Tensor) -> Tensor:
+        """How alike the patches of each image are to the teacher that the config names; `(B, N, N)` float32."""
+        teacher = self.teacher_encoder()
+        with self._timed("teacher"):
+            return teacher.patch_affinity(pixel_values)
 
     @torch.no_grad()
     def parse_hierarchy(self, pixel_values: Tensor) -> PatchHierarchy:
         """Parse images `(B, C, H, W)` into trees, with the teacher that the config names."""
-        teacher = self.teacher_encoder()
         grid_size = self.get_input_embeddings().grid_of(pixel_values)
-        with self._timed("teacher"):
-            affinity = teacher.patch_affinity(pixel_values)  # (B, N, N)
+        affinity = self.patch_affinity(pixel_values)
         with self._timed("tree"):
             return build_hierarchy(affinity, self.config.linkage, grid_size)
 

@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .configuration_ehm import to_pair
 from .hierarchy_ehm import PatchHierarchy, build_hierarchy, symmetrize
-from .modeling_ehm import EHMForPreTraining, EHMModel, attention_affinity, key_affinity
+from .modeling_ehm import EHMForPreTraining, EHMModel, attention_affinity, attention_map, key_affinity
 
 RECORDER = "ehm_query_key_recorder"
 _recorded: list[tuple[Tensor, Tensor, float, Tensor | None]] | None = None
@@ -115,7 +115,7 @@ def parse_hierarchy(
                 " token a patch is expected"
             )
         if affinity == "attention":
-            total = total + attention_affinity(query, key, scaling, num_prefix, bias)
+            total = total + attention_affinity(attention_map(query, key, scaling, bias), num_prefix)
         else:
             total = total + key_affinity(key, num_prefix)
     return build_hierarchy(symmetrize(total / len(layers)), linkage, grid_size)

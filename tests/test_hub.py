@@ -32,7 +32,7 @@ from transformers import AutoImageProcessor
 from modeling_ehm import EHMModel
 
 TOKEN, REPO = "hf_loopbacksecret", "alice/tiny"
-CODE = {"configuration_ehm.py", "hierarchy_ehm.py", "masking_ehm.py", "modeling_ehm.py"}
+CODE = {"configuration_ehm.py", "hierarchy_ehm.py", "masking_ehm.py", "mask_policies_ehm.py", "modeling_ehm.py"}
 PUSHING = {"push_to_hub": True, "hub_model_id": REPO, "hub_strategy": "every_save", "hub_private_repo": True}
 SAVING = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
 

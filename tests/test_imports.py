@@ -17,14 +17,17 @@ STEPS = {
     "version": 0,
     "configuration_ehm": 0,
     "hierarchy_ehm": 1,
+    "compiled_merging": 2,
     "masking_ehm": 2,
-    "modeling_ehm": 3,
-    "parsing": 4,
-    "conversion": 4,
-    "export": 5,
-    "__init__": 5,
-    "training": 6,
-    "train_ehm": 7,
+    "mask_policies_ehm": 3,
+    "modeling_ehm": 4,
+    "checks": 5,
+    "parsing": 5,
+    "conversion": 5,
+    "export": 6,
+    "__init__": 6,
+    "training": 7,
+    "train_ehm": 8,
 }
 
 
@@ -64,7 +67,8 @@ def own_imports_of(path: Path) -> list[str]:
 
 
 def test_the_files_are_found():
-    assert {"configuration_ehm", "hierarchy_ehm", "masking_ehm", "modeling_ehm"} == {path.stem for path in HUB_FILES}
+    names = {"configuration_ehm", "hierarchy_ehm", "masking_ehm", "mask_policies_ehm", "modeling_ehm"}
+    assert {path.stem for path in HUB_FILES} == names
     assert "modeling_ehm" in {name for path in MODULES for name in own_imports_of(path)}
 
 

@@ -262,6 +262,27 @@ def test_mask_from_scores_by_hand():
             mask_from_scores(scores, num_hidden)
 
 
+def test_several_masks_by_hand():
+    scores = torch.tensor([[0.1, 0.9, 0.5, 0.3], [4.0, 3.0, 2.0, 1.0]])
+    shown = [row.logical_not().nonzero()[:, 0].tolist() for row in mask_from_scores(scores, 3, 4)]
+    assert shown == [[0], [3], [2], [1], [3], [2], [1], [0]]
+    shown = [row.logical_not().nonzero()[:, 0].tolist() for row in mask_from_scores(scores, 2, 2)]
+    assert shown == [[0, 3], [1, 2], [2, 3], [0, 1]]
+    with pytest.raises(ValueError, match="num_masks=0 must be at least 1"):
+        mask_from_scores(scores, 2, 0)
+
+
+@pytest.mark.parametrize(("num_patches", "num_hidden", "num_masks"), [(16, 12, 4), (49, 37, 4), (16, 8, 3), (10, 2, 7)])
+def test_several_masks_share_as_few_visible_patches_as_can_be(num_patches, num_hidden, num_masks):
+    """Each patch is visible in as many masks as any other, or one fewer; the first mask is that of a single one."""
+    scores = random_scores(torch.arange(5), num_patches)
+    masks = mask_from_scores(scores, num_hidden, num_masks).unflatten(0, (5, num_masks))
+    assert (masks.sum(2) == num_hidden).all()
+    times_visible = masks.logical_not().sum(1)  # (B, N)
+    assert (times_visible.amax(1) - times_visible.amin(1) <= 1).all()
+    assert torch.equal(masks[:, 0], mask_from_scores(scores, num_hidden))
+
+
 @pytest.mark.parametrize("softness", [-0.1, 1.1, float("nan")])
 def test_softness_outside_its_range(softness):
     with pytest.raises(ValueError, match=rf"softness={softness} is not in \[0, 1\]"):

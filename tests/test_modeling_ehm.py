@@ -246,7 +246,7 @@ def test_gradient_checkpointing_gives_equal_gradients(config):
 
 def test_bfloat16(config):
     model = build(EHMForPreTraining, config).to(torch.bfloat16).train()
-    outputs = model(some_images(2).to(torch.bfloat16), mask_seed=torch.arange(2), progress=0.5)
+    outputs = model(some_images(2).to(torch.bfloat16), mask_seed=torch.arange(2), progress=0.5, return_logits=True)
     outputs.loss.backward()
     assert outputs.logits.dtype == torch.bfloat16 and outputs.loss.dtype == torch.float32
     assert outputs.logits.isfinite().all() and outputs.loss.isfinite()
@@ -327,10 +327,29 @@ def test_decoder_puts_every_token_at_its_place(config):
     positions = sincos_positions((4, 4), 32)[0]
     for image in range(2):
         torch.testing.assert_close(seen[0][image, 0], embedded[image, 0] + positions[0])
-        visible = iter(embedded[image, 1:])
-        for patch in range(16):
-            token = model.decoder.mask_token[0, 0] if mask[image, patch] else next(visible)
-            torch.testing.assert_close(seen[0][image, 1 + patch], token + positions[1 + patch])
+        order = sorted(range(16), key=mask[image].tolist().__getitem__)  # visible ones first, both in image order
+        for place, patch in enumerate(order, start=1):
+            token = model.decoder.mask_token[0, 0] if mask[image, patch] else embedded[image, place]
+            torch.testing.assert_close(seen[0][image, place], token + positions[1 + patch])
+
+
+@pytest.mark.parametrize("objective", ["mae", "simmim"])
+def test_predicting_hidden_patches_alone_gives_the_same_loss_and_gradients(make_config, objective):
+    model = build(EHMForPreTraining, make_config(objective=objective)).train()
+    inputs = {"pixel_values": some_images(2), "bool_masked_pos": some_masks(2)}
+    assert model(**inputs).logits is None and model.eval()(**inputs).logits.shape == (2, 16, 192)
+    found = []
+    for return_logits in (False, True):
+        model.train().zero_grad()
+        outputs = model(**inputs, return_logits=return_logits)
+        outputs.loss.backward()
+        found.append((outputs.loss, gradients(model)))
+        assert (outputs.logits is None) != return_logits
+    (loss, own), (other_loss, others) = found
+    torch.testing.assert_close(loss, other_loss)
+    for name, gradient in own.items():
+        torch.testing.assert_close(gradient, others[name], atol=1e-6, rtol=1e-4, msg=name)
+    assert model(**inputs, return_loss=False).logits.shape == (2, 16, 192)
 
 
 @pytest.mark.parametrize("objective", ["mae", "simmim"])
@@ -400,6 +419,22 @@ def test_random_policy_has_no_teacher_pass_and_needs_no_progress(make_config):
     seeds = torch.arange(3)
     mask = model(some_images(3), mask_seed=seeds).mask
     assert torch.equal(mask, mask_from_scores(random_scores(seeds, 16), 12))
+
+
+@pytest.mark.parametrize("objective", ["mae", "simmim"])
+def test_several_masks_of_one_tree(make_config, objective):
+    """Four masks of an image show each patch once, and count as four images in the loss; the teacher runs once."""
+    model = build(EHMForPreTraining, make_config(masks_per_image=4, objective=objective)).train()
+    images, seeds = some_images(2), torch.arange(2)
+    parsed = []
+    model.ehm.patch_affinity = lambda pixels, own=model.ehm.patch_affinity: parsed.append(len(pixels)) or own(pixels)
+    outputs = model(images, progress=0.5, mask_seed=seeds, return_logits=True)
+    assert parsed == [2] and outputs.mask.shape == (8, 16) and outputs.logits.shape == (8, 16, 192)
+    assert (outputs.mask.unflatten(0, (2, 4)).logical_not().sum(1) == 1).all()
+    single = [model(images[n // 4 : n // 4 + 1], outputs.mask[n : n + 1]).loss for n in range(8)]
+    torch.testing.assert_close(outputs.loss, torch.stack(single).mean())
+    torch.testing.assert_close(model(images, outputs.mask).loss, outputs.loss)  # given, not made
+    assert torch.equal(outputs.mask[::4], model.eval()(images, progress=0.5, mask_seed=seeds).mask)  # then only one
 
 
 def test_progress_rules(make_config):

@@ -83,6 +83,9 @@ def error_of(tmp_path, monkeypatch, capsys):
         (["head.kind=linear"], ["task 'pretrain' has no section 'head'"]),
         (["model.mask_ratio=1.0"], ["mask_ratio=1.0 must lie strictly between 0 and 1"]),
         (["model.mask_ratio=0.01"], ["mask_ratio=0.01 hides 0 of 16 patches", "at least one patch must be hidden"]),
+        (["model.mask_policy=spirals"], ["mask_policy='spirals' is not one of ehm, random", "import the module"]),
+        (["training.import_modules=[no_such]"], ["training.import_modules names 'no_such'", "PYTHONPATH"]),
+        (["model.masks_per_image=0"], ["masks_per_image=0 must be at least 1"]),
         (["model.image_size=36"], ["image_size=36 is not a multiple of patch_size=8", "32 or 40 would be"]),
         (["model.num_channels=1"], ["data.image_mean=[0.485, 0.456, 0.406] has 3 numbers", "model.num_channels=1"]),
         (FIVE, ["model.num_channels=5: image files have 1, 3 or 4 channels"]),
@@ -106,6 +109,34 @@ def test_mistakes_are_told_in_one_line(error_of, overrides, parts):
     line = error_of(*overrides)
     assert all(part in line for part in parts), line
     assert "hf_secret" not in line
+
+
+OWN_POLICY = """
+import torch
+from modeling_ehm.mask_policies_ehm import register_mask_policy
+from modeling_ehm.masking_ehm import keyed_uniform
+
+@register_mask_policy("stripes")
+def stripes_scores(request):
+    rows, columns = request.grid_size
+    row = torch.arange(rows * columns, device=request.mask_seed.device) // columns
+    return keyed_uniform(request.mask_seed, rows, stream=16)[:, row]
+"""
+
+
+def test_a_mask_policy_of_ones_own(tmp_path):
+    """Nothing of the package is changed; the record of the run and its card name the policy."""
+    (tmp_path / "my_masks.py").write_text(OWN_POLICY)
+    recipe = write_recipe(tmp_path / "recipe.yaml", model={"mask_policy": "stripes", "masks_per_image": 4})
+    environment = child_environment(tmp_path) | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    command = [sys.executable, str(SCRIPT), str(recipe), "training.import_modules=[my_masks]"]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    rows = json.loads((tmp_path / "out" / "trainer_state.json").read_text())["log_history"]
+    compactness = [row["mask_compactness"] for row in rows if "loss" in row]
+    # Of 4 x 4 patches one row is visible: 17 or 13 pairs of neighbours hidden, of 21 with a hidden one (random: 0.6).
+    assert compactness and all(13 / 21 <= value <= 17 / 21 for value in compactness)
+    assert "masks by the policy 'stripes'" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_folders_and_files_without_images_are_told_in_one_line(error_of, tmp_path):

@@ -99,10 +99,13 @@ class EHMTrainingArguments(ImageTrainingArguments):
     Attributes:
         num_gallery_images: Images of the gallery that is drawn at each evaluation; 0 draws none.
         linear_probe: Whether evaluations add a linear probe to k-NN.
+        import_modules: Python modules to import before the model is made, so that the mask policies they register are
+            known; they are found as any import is, so put their folder on PYTHONPATH.
     """
 
     num_gallery_images: int = field(default=4, metadata={"help": "images of the gallery; 0 draws none"})
     linear_probe: bool = field(default=True, metadata={"help": "add a linear probe to k-NN"})
+    import_modules: list[str] = field(default_factory=list, metadata={"help": "modules that register mask policies"})
 
     adam_beta2: float = 0.95
 

@@ -216,6 +216,8 @@ def _describe_skipped(skipped: list[dict]) -> str:
 def _describe_masks(config: EHMConfig) -> str:
     if config.mask_policy == "random":
         return f"random masks (as MAE), ratio {config.mask_ratio}"
+    if config.mask_policy != "ehm":
+        return f"masks by the policy {config.mask_policy!r}, ratio {config.mask_ratio}"
     start, end = config.num_nodes_range(config.num_patches)
     return (
         f"evolved hierarchical masks, ratio {config.mask_ratio}: {start} to {end} nodes of {config.num_patches} patches"

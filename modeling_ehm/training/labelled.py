@@ -20,16 +20,15 @@ from modeling_ehm.training.arguments import ImageTrainingArguments
 from modeling_ehm.training.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
-    MODES,
     SAMPLE_STREAM,
     ImageSource,
     check_normalization,
-    decode_image,
     find_image_column,
     keyed_bits,
     keyed_order,
     open_source,
 )
+from modeling_ehm.training.decoding import MODES, decode_image
 from modeling_ehm.training.recipes import RecipeError
 
 DRAWS = 128  # numbers in [0, 1) that each training example is made with

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from modeling_ehm.configuration_ehm import to_pair
+from modeling_ehm.configuration_ehm import SCHEDULED_POLICIES, to_pair
 from modeling_ehm.modeling_ehm import EHMForPreTraining, evaluation_mode, patchify, unpatchify
 
 if TYPE_CHECKING:
@@ -235,8 +235,8 @@ def _draw_gallery(points: list[tuple[int, float, Snapshot]], path: Path) -> Path
 
 
 def _mask_title(shot: Snapshot) -> str:
-    if str(shot["mask_policy"]) == "random":
-        return "random masks"
+    if str(shot["mask_policy"]) not in SCHEDULED_POLICIES:
+        return f"{str(shot['mask_policy']).replace('_', ' ')} masks"
     num_nodes, num_patches = int(shot["num_nodes"]), shot["labels"].shape[1]
     return f"K = {num_nodes} nodes" + (" (each patch its own)" if num_nodes == num_patches else "")
 
@@ -244,9 +244,11 @@ def _mask_title(shot: Snapshot) -> str:
 def _caption(points: list[tuple[int, float, Snapshot]]) -> list[str]:
     coarse = int(points[0][2]["coarse_labels"].max()) + 1
     share = points[0][2]["mask"].mean()
-    if str(points[0][2]["mask_policy"]) == "random":
+    policy = str(points[0][2]["mask_policy"])
+    if policy != "ehm":
         tree = f"hierarchy: the {coarse} nodes of the model's tree in their mean colours; the masks do not use it."
-        masked = f"masked: {share:.0%} of the patches, drawn at random, are hidden (grey)."
+        how = "drawn at random" if policy == "random" else f"chosen by the policy {policy!r}"
+        masked = f"masked: {share:.0%} of the patches, {how}, are hidden (grey)."
     else:
         tree = (
             f"hierarchy: which patches the model takes as belonging together. Colours and thick lines: {coarse} nodes;"

@@ -1,12 +1,14 @@
 """`EHMTrainer`: the Trainer of pre-training, with a log that explains itself and probes as evaluation."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 
+from modeling_ehm.configuration_ehm import SCHEDULED_POLICIES
 from modeling_ehm.modeling_ehm import evaluation_mode
 from modeling_ehm.training.callbacks import EMATeacherCallback, ProgressCallback
 from modeling_ehm.training.evaluation import Evaluator
@@ -48,11 +50,20 @@ class EHMTrainer(RecordedTrainer):
 
     Args:
         evaluators: Called at each evaluation with (model, step, progress); their figures are logged as `eval_...`.
+        normalize: Makes normalised floats of uint8 `pixel_values` on the device, so that a quarter of their bytes is
+            moved there; None where the collator does it.
         args, kwargs: As for `RecordedTrainer`.
     """
 
-    def __init__(self, *args, evaluators: list[Evaluator] = (), **kwargs):
+    def __init__(
+        self,
+        *args,
+        evaluators: list[Evaluator] = (),
+        normalize: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        **kwargs,
+    ):
         super().__init__(*args, **kwargs)
+        self.normalize = normalize
         self.evaluators = list(evaluators)
         self.clock = StepClock()
         self.ema_teacher = EMATeacherCallback()
@@ -63,6 +74,12 @@ class EHMTrainer(RecordedTrainer):
     def train(self, *args, **kwargs):
         self.clock.restart()
         return super().train(*args, **kwargs)
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        inputs = super()._prepare_inputs(inputs)
+        if self.normalize is None:
+            return inputs
+        return inputs | {"pixel_values": self._prepare_input(self.normalize(inputs["pixel_values"]))}
 
     # Timing and logging
 
@@ -100,7 +117,7 @@ class EHMTrainer(RecordedTrainer):
             samples_per_pass = getattr(getattr(self.train_dataset, "samples", None), "samples_per_pass", None)
             if samples_per_pass:  # `epoch` counts passes over the positions, that is over the whole run
                 logs["data_pass"] = self.state.global_step * self.args.images_per_step / samples_per_pass
-            if model.config.mask_policy == "ehm":
+            if model.config.mask_policy in SCHEDULED_POLICIES:
                 logs["num_nodes"], logs["softness"] = model.mask_schedule(progress)
             for name, value in mask_statistics(self._last_mask[:64].cpu(), model.config.grid_size).items():
                 logs[f"mask_{name}"] = value

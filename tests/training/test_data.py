@@ -25,13 +25,13 @@ from modeling_ehm.training.data import (
     NormalizingCollator,
     PretrainingImages,
     StreamedSamples,
-    decode_image,
     describe_source,
     load_labelled,
     open_samples,
     random_resized_crop,
     read_skipped,
 )
+from modeling_ehm.training.decoding import decode_image
 from modeling_ehm.training.evaluation import ProbeEvaluator
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -379,7 +379,7 @@ def test_a_checkpoint_holds_what_is_promised_and_no_pickled_arguments(finished):
     """Weights, config, code, processor, card, average, state; hashes in the card are those of the files."""
     for folder in (finished, finished / "checkpoint-2", finished / "checkpoint-4"):
         names = {path.name for path in folder.iterdir()}
-        code = {"configuration_ehm.py", "hierarchy_ehm.py", "masking_ehm.py", "modeling_ehm.py"}
+        code = {"configuration_ehm.py", "hierarchy_ehm.py", "masking_ehm.py", "mask_policies_ehm.py", "modeling_ehm.py"}
         assert {"model.safetensors", "config.json", "README.md", "preprocessor_config.json"} | code <= names
         assert {"training_args.json", "ema_teacher.safetensors"} <= names
         assert not list(folder.glob("*.bin")) and not list(folder.glob("*args*.p*"))

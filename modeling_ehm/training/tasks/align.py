@@ -44,11 +44,11 @@ from modeling_ehm.training.data import (
     Sample,
     SampledExamples,
     StreamedSamples,
-    decode_image,
     describe_source,
     keyed_bits,
     open_samples,
 )
+from modeling_ehm.training.decoding import decode_image
 from modeling_ehm.training.labelled import ImageData, LabelledRows, check_channels, count_steps, image_processor
 from modeling_ehm.training.metrics import as_evaluate_metric, exact_match
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema

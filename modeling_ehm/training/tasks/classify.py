@@ -14,7 +14,8 @@ from modeling_ehm.modeling_ehm import EHMForImageClassification, EHMModel
 from modeling_ehm.training import augment
 from modeling_ehm.training.arguments import TaskTrainingArguments
 from modeling_ehm.training.checkpoints import load_encoder
-from modeling_ehm.training.data import check_crops, random_resized_crop, to_uint8_tensor
+from modeling_ehm.training.data import check_crops, random_resized_crop
+from modeling_ehm.training.decoding import to_uint8_tensor
 from modeling_ehm.training.labelled import (
     DRAWS,
     EvaluationImages,

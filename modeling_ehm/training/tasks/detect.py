@@ -22,7 +22,8 @@ from modeling_ehm.modeling_ehm import evaluation_mode
 from modeling_ehm.training import pictures
 from modeling_ehm.training.arguments import TaskTrainingArguments
 from modeling_ehm.training.checkpoints import load_encoder
-from modeling_ehm.training.data import FORMATS, check_crops, random_resized_crop, to_uint8_tensor
+from modeling_ehm.training.data import check_crops, random_resized_crop
+from modeling_ehm.training.decoding import FORMATS, to_uint8_tensor
 from modeling_ehm.training.labelled import (
     EvaluationImages,
     KeyedExamples,

@@ -1,6 +1,7 @@
 """Pre-training: recipe -> config, model, images, evaluators, trainer -> checkpoint, figures, pictures."""
 
 import dataclasses
+import importlib
 import json
 import logging
 from pathlib import Path
@@ -10,6 +11,7 @@ from transformers import AutoConfig, set_seed
 
 from modeling_ehm.configuration_ehm import EHMConfig, to_pair
 from modeling_ehm.conversion import from_vit_mae
+from modeling_ehm.mask_policies_ehm import mask_policy_named
 from modeling_ehm.modeling_ehm import EHMForPreTraining
 from modeling_ehm.training import pictures
 from modeling_ehm.training.arguments import EHMTrainingArguments
@@ -17,11 +19,11 @@ from modeling_ehm.training.checkpoints import find_checkpoint
 from modeling_ehm.training.data import (
     DataArguments,
     Normalizer,
-    NormalizingCollator,
     PretrainingImages,
     describe_source,
     load_labelled,
     open_samples,
+    stack_examples,
 )
 from modeling_ehm.training.evaluation import (
     GalleryEvaluator,
@@ -52,8 +54,10 @@ def prepare(recipe: Recipe) -> EHMTrainer:
         forget_earlier_run(Path(args.output_dir))
 
     set_seed(args.seed)  # before the model: the Trainer seeds too late for the initial weights
+    import_modules(args.import_modules)
     model = build_model(recipe, args.attn_implementation)
     config = model.config
+    mask_policy_named(config.mask_policy)  # here, not at the first step
     check_channels(config, recipe.data.image_mean)
     images = training_images(recipe.data, args, config)
     evaluators, held_out, references = build_evaluators(recipe.data, args, config, model)
@@ -73,7 +77,8 @@ def prepare(recipe: Recipe) -> EHMTrainer:
         args=args,
         train_dataset=images,
         eval_dataset=held_out,
-        data_collator=NormalizingCollator(recipe.data.image_mean, recipe.data.image_std),
+        data_collator=stack_examples,
+        normalize=Normalizer(recipe.data.image_mean, recipe.data.image_std),
         processing_class=image_processor(config, recipe.data.image_mean, recipe.data.image_std),
         evaluators=evaluators,
         run=record,
@@ -96,6 +101,18 @@ def execute(trainer: EHMTrainer) -> dict[str, float]:
     for failure in trainer.failed_pushes:
         logger.warning("a push failed during training: %s", failure)
     return figures
+
+
+def import_modules(names: list[str]) -> None:
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name != name.partition(".")[0]:
+                raise
+            raise RecipeError(
+                f"training.import_modules names {name!r}, which is not found; put its folder on PYTHONPATH"
+            ) from error
 
 
 def build_model(recipe: Recipe, attn_implementation: str) -> EHMForPreTraining:

@@ -20,7 +20,8 @@ from modeling_ehm.configuration_ehm import to_pair
 from modeling_ehm.modeling_ehm import EHMModel
 from modeling_ehm.training.arguments import TaskTrainingArguments
 from modeling_ehm.training.checkpoints import load_encoder
-from modeling_ehm.training.data import keyed_order, to_uint8_tensor
+from modeling_ehm.training.data import keyed_order
+from modeling_ehm.training.decoding import to_uint8_tensor
 from modeling_ehm.training.evaluation import pixel_features
 from modeling_ehm.training.features import frozen_features
 from modeling_ehm.training.hub import RunRecord, task_card

@@ -31,7 +31,8 @@ from modeling_ehm.modeling_ehm import EHMForSemanticSegmentation, EHMModel, eval
 from modeling_ehm.training import pictures
 from modeling_ehm.training.arguments import TaskTrainingArguments
 from modeling_ehm.training.checkpoints import load_encoder
-from modeling_ehm.training.data import ImageSource, check_crops, random_resized_crop, to_uint8_tensor
+from modeling_ehm.training.data import ImageSource, check_crops, random_resized_crop
+from modeling_ehm.training.decoding import to_uint8_tensor
 from modeling_ehm.training.labelled import (
     EvaluationImages,
     KeyedExamples,
