@@ -93,10 +93,25 @@ def parse_checkpoints(parser: argparse.ArgumentParser, given: list[str], added: 
     return folders
 
 
-def run_one(recipe: str, checkpoint: Path, seed: int, folder: Path, overrides: list[str]) -> dict:
-    """Results of one recipe from one checkpoint, from disk if the same was run before."""
+def run_one(
+    recipe: str,
+    checkpoint: Path | None,
+    seed: int,
+    folder: Path,
+    overrides: list[str],
+    deadline: float = float("inf"),
+) -> dict:
+    """Results of one recipe from one checkpoint or from random weights, from disk if the same was run before.
+
+    At the `deadline`, seconds of `time.monotonic`, a run is stopped; called again it goes on.
+
+    Raises:
+        RuntimeError: the run failed, or was stopped.
+    """
     path = ROOT / "configs" / f"{recipe}.yaml"
-    key = hashlib.sha256(path.read_bytes() + sha256_of(checkpoint / "model.safetensors").encode())
+    key = hashlib.sha256(path.read_bytes())
+    if checkpoint is not None:
+        key.update(sha256_of(checkpoint / "model.safetensors").encode())
     key.update(json.dumps([seed, overrides]).encode())
     done = folder / "done.json"
     if done.exists() and (kept := json.loads(done.read_text()))["key"] == key.hexdigest():
@@ -106,15 +121,23 @@ def run_one(recipe: str, checkpoint: Path, seed: int, folder: Path, overrides: l
         shutil.rmtree(folder)  # else the new run would go on from the old one's checkpoints
     folder.mkdir(parents=True, exist_ok=True)
     begun.write_text(key.hexdigest())
-    command = [sys.executable, ROOT / "train_ehm.py", path, f"model.pretrained={checkpoint}"]
+    command = [sys.executable, ROOT / "train_ehm.py", path]
+    command += [] if checkpoint is None else [f"model.pretrained={checkpoint}"]
     command += [f"training.output_dir={folder}", f"training.seed={seed}", "training.disable_tqdm=true", *overrides]
     started = time.perf_counter()
+    left = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
+    if left == 0:
+        raise RuntimeError(f"{recipe} in {folder} was not begun: the time is over")
     with open(folder / "log.txt", "w") as log:
-        ended = subprocess.run([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT, env=os.environ)
+        settings = {"stdout": log, "stderr": subprocess.STDOUT, "env": os.environ, "timeout": left}
+        try:
+            ended = subprocess.run([str(part) for part in command], **settings)
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f"{recipe} in {folder} was stopped: the time is over") from None
     if ended.returncode != 0:
         raise RuntimeError(f"{recipe} from {checkpoint} failed; see {folder / 'log.txt'}")
     results = json.loads((folder / "results.json").read_text())
-    del results["pretrained"]  # a path of this machine; the column says which checkpoint it is
+    results.pop("pretrained", None)  # a path of this machine; the column says which checkpoint it is
     results["wall_seconds"] = time.perf_counter() - started
     done.write_text(json.dumps({"key": key.hexdigest(), "results": results}))
     return results
