@@ -42,6 +42,7 @@ VARIANTS = {  # fields of EHMConfig; the first is held against ViTMAE's loss
     "random masks": {"mask_policy": "random"},
     "EHM, default": {},
     "EHM, 12 layers": ALL_LAYERS | {"masks_per_image": 1},
+    "EHM, 12 layers, bfloat16 teacher": ALL_LAYERS | {"masks_per_image": 1, "teacher_dtype": "bfloat16"},
     "EHM, 12 layers, R = 4": ALL_LAYERS | {"masks_per_image": 4},
     "EHM, 3 layers": THREE_LAYERS | {"masks_per_image": 1},
     "EHM, 3 layers, R = 4": THREE_LAYERS | {"masks_per_image": 4},

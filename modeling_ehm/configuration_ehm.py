@@ -18,6 +18,7 @@ AUTO_MAP = {
 OBJECTIVES = ("mae", "simmim")
 SCHEDULED_POLICIES = ("ehm", "epm")  # mask policies that mask ever fewer, ever larger nodes or parts
 TEACHERS = ("online", "ema")
+TEACHER_DTYPES = (None, "bfloat16")
 AFFINITIES = ("attention", "keys")
 LINKAGES = ("average", "single", "complete")
 NODE_CURVES = ("linear", "log", "cosine")
@@ -65,6 +66,8 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
         teacher_decay: Decay of the moving average per optimiser step; EPM used 0.99996, a horizon of 25,000 steps.
         teacher_warmup_steps: The decay grows as `1 - 1 / (1 + step / teacher_warmup_steps)` until `teacher_decay`,
             so that a short run does not keep its random start as the teacher; 0 switches the warm-up off.
+        teacher_dtype: "bfloat16" lets the teacher compute in it where the rest does not (autocast); None leaves it as
+            the caller has it. Affinities are float32 in any case.
         affinity: "attention": softmaxed maps averaged over heads and layers. "keys": cosine of keys.
         affinity_layers: Layers the affinity reads, counted from 0, negative from the end; None is every layer for
             "attention" and the last one for "keys". The teacher pass stops after the last of them.
@@ -116,6 +119,7 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
     teacher: str = "online"
     teacher_decay: float | int = 0.9999
     teacher_warmup_steps: int = 10
+    teacher_dtype: str | None = None
     affinity: str = "attention"
     affinity_layers: list[int] | None = None
     linkage: str = "average"
@@ -250,13 +254,14 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
         for name, allowed in (
             ("objective", OBJECTIVES),
             ("teacher", TEACHERS),
+            ("teacher_dtype", TEACHER_DTYPES),
             ("affinity", AFFINITIES),
             ("linkage", LINKAGES),
             ("num_nodes_curve", NODE_CURVES),
             ("pooling", POOLINGS),
         ):
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(allowed)}")
+                raise ValueError(f"{name}={getattr(self, name)!r} is not one of {', '.join(map(str, allowed))}")
 
     def _check_hierarchy(self):
         if not 0 <= self.teacher_decay < 1:

@@ -16,7 +16,7 @@ True = masked.
 """
 
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -721,7 +721,9 @@ class EHMForPreTraining(EHMPreTrainedModel):
     def patch_affinity(self, pixel_values: Tensor) -> Tensor:
         """How alike the patches of each image are to the teacher that the config names; `(B, N, N)` float32."""
         teacher = self.teacher_encoder()
-        with self._timed("teacher"):
+        in_bfloat16 = self.config.teacher_dtype == "bfloat16"
+        precision = torch.autocast(pixel_values.device.type, torch.bfloat16) if in_bfloat16 else nullcontext()
+        with self._timed("teacher"), precision:
             return teacher.patch_affinity(pixel_values)
 
     @torch.no_grad()

@@ -110,6 +110,7 @@ REFUSED = [
     ({"decoder_hidden_size": 30, "decoder_num_attention_heads": 2}, "decoder_hidden_size=30 must be a positive"),
     ({"decoder_num_attention_heads": 5}, "decoder_hidden_size=32 is not a multiple of decoder_num_attention_heads=5"),
     ({"decoder_num_hidden_layers": 0}, "decoder_num_hidden_layers=0 must be at least 1"),
+    ({"teacher_dtype": "float16"}, "teacher_dtype='float16' is not one of None, bfloat16"),
     ({"masks_per_image": 0}, "masks_per_image=0 must be at least 1"),
     ({"mask_ratio": 0.0}, "mask_ratio=0.0 must lie strictly between 0 and 1"),
     ({"mask_ratio": 1.0}, "mask_ratio=1.0 must lie strictly between 0 and 1"),

@@ -263,6 +263,21 @@ def test_bfloat16_autocast(config):
     assert loss.item() == pytest.approx(exact.item(), rel=0.02)
 
 
+def test_a_teacher_in_bfloat16_beside_a_student_in_float32(make_config):
+    """Its affinities are those of autocast; the loss is in float32, and autocast ends with the teacher."""
+    model = build(EHMForPreTraining, make_config(teacher_dtype="bfloat16")).train()
+    images = some_images(2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model.ehm.patch_affinity(images)
+    found = model.patch_affinity(images)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert not torch.equal(found, model.ehm.patch_affinity(images))
+    seen = []
+    model.ehm.layernorm.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+    model(images, progress=0.5, mask_seed=torch.arange(2)).loss.backward()
+    assert seen == [torch.float32]
+
+
 @pytest.mark.parametrize("affinity", ["attention", "keys"])
 def test_affinity_keeps_its_precision_under_autocast(make_config, affinity):
     """Eight bits of a bfloat16 cosine are full of ties, and ties are merged by place, not by content."""
