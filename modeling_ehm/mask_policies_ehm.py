@@ -76,12 +76,12 @@ def register_mask_policy(name: str) -> Callable[[MaskPolicy], MaskPolicy]:
     """Decorator: make a policy known under a name.
 
     Raises:
-        ValueError: another function has that name.
+        ValueError: another function has that name. (A module that is loaded again replaces its own.)
     """
 
     def register(policy: MaskPolicy) -> MaskPolicy:
-        known = MASK_POLICIES.setdefault(name, policy)
-        if known is not policy and known.__qualname__ != policy.__qualname__:
+        known = MASK_POLICIES.get(name, policy)
+        if (known.__module__, known.__qualname__) != (policy.__module__, policy.__qualname__):
             raise ValueError(f"mask_policy={name!r} is already {known.__module__}.{known.__qualname__}; choose another")
         MASK_POLICIES[name] = policy
         return policy

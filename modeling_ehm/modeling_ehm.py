@@ -134,6 +134,12 @@ def visible_first(bool_masked_pos: Tensor) -> Tensor:
     return bool_masked_pos.to(torch.uint8).argsort(dim=1, stable=True)
 
 
+def repeat_images(pixel_values: Tensor, num_masks: int) -> Tensor:
+    """Each image as often as there are masks for it: `(B, ...)` and B * R masks -> `(B * R, ...)`."""
+    times = num_masks // max(1, len(pixel_values))
+    return pixel_values.repeat_interleave(times, dim=0) if times > 1 else pixel_values
+
+
 def take_patches(patches: Tensor, index: Tensor) -> Tensor:
     """`(B, N, D)` and `(B, M)` -> `(B, M, D)`."""
     return patches.gather(1, index[..., None].expand(-1, -1, patches.shape[2]))
@@ -531,17 +537,20 @@ class EHMDecoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.decoder_pred = nn.Linear(width, config.patch_dim)
 
-    def forward(
-        self, visible: Tensor, bool_masked_pos: Tensor, grid_size: tuple[int, int], hidden_only: bool = False
-    ) -> Tensor:
+    def forward(self, visible: Tensor, order: Tensor, grid_size: tuple[int, int], hidden_only: bool = False) -> Tensor:
         """Pixels of all patches or, in less time, of the hidden ones alone.
 
         Attention does not care about order, so tokens stand in one that needs no moving: class, visible, hidden.
 
+        Args:
+            visible: `(B, 1 + V, D)`.
+            order: `(B, N)`, as `visible_first` gives it.
+            grid_size: Patches along height and width.
+            hidden_only: Whether the hidden patches alone are predicted.
+
         Returns:
             `(B, N, P*P*C)` in image order; with `hidden_only` `(B, H, P*P*C)`, the hidden ones in image order.
         """
-        order = visible_first(bool_masked_pos)  # (B, N)
         num_hidden = order.shape[1] + 1 - visible.shape[1]
         positions = positions_for(grid_size, self.grid_size, self.decoder_pos_embed)[0]  # (1 + N, D_dec)
         positions = torch.cat([positions[:1].expand(len(order), 1, -1), positions[1:][order]], dim=1)
@@ -615,24 +624,22 @@ class EHMForPreTraining(EHMPreTrainedModel):
         if unknown:  # a mask under a misspelt name would be ignored, and another one drawn in its place
             raise TypeError(f"forward() got unknown arguments {sorted(unknown)}; masks are given as bool_masked_pos")
         rows, columns = grid_size = self.get_input_embeddings().grid_of(pixel_values)
-        made_here = bool_masked_pos is None
-        if made_here:
+        if bool_masked_pos is None:
             bool_masked_pos = self.evolve_mask(pixel_values, progress, mask_seed)  # (B * R, N), True = masked
-        num_masks = len(bool_masked_pos) // max(1, len(pixel_values))
-        if num_masks > 1:
-            pixel_values = pixel_values.repeat_interleave(num_masks, dim=0)  # (B * R, C, H, W)
-        if made_here:
             num_hidden = self.config.num_hidden_patches(rows * columns)
+            pixel_values = repeat_images(pixel_values, len(bool_masked_pos))  # (B * R, C, H, W)
         else:
+            pixel_values = repeat_images(pixel_values, len(bool_masked_pos))
             num_hidden = count_hidden(bool_masked_pos, len(pixel_values), rows * columns)
         # (B, 1 + V, D); with the SimMIM objective (B, 1 + N, D)
         outputs = self.ehm(pixel_values, bool_masked_pos, num_hidden, return_dict=True, **kwargs)
-        hidden = visible_first(bool_masked_pos)[:, rows * columns - num_hidden :]  # (B, H)
+        order = visible_first(bool_masked_pos)  # (B, N)
+        hidden = order[:, rows * columns - num_hidden :]  # (B, H)
         if return_loss and num_hidden == 0:
             raise ValueError("bool_masked_pos masks no patch, so there is nothing to predict; mask at least one a row")
         hidden_only = return_loss and self.training if return_logits is None else not return_logits
         if self.config.objective == "mae":
-            predicted = self.decoder(outputs.last_hidden_state, bool_masked_pos, grid_size, hidden_only)
+            predicted = self.decoder(outputs.last_hidden_state, order, grid_size, hidden_only)
         else:
             patches = outputs.last_hidden_state[:, 1:]
             predicted = self.decoder(take_patches(patches, hidden) if hidden_only else patches)

@@ -7,7 +7,7 @@ from scipy.cluster.hierarchy import cophenet, fcluster, is_valid_linkage, linkag
 from scipy.spatial.distance import squareform
 
 from modeling_ehm import PatchHierarchy, build_hierarchy
-from modeling_ehm.hierarchy_ehm import MERGING, merge_in_rounds, symmetrize
+from modeling_ehm.hierarchy_ehm import MERGING, symmetrize
 
 LINKAGES = ("average", "single", "complete")
 GRIDS = [(4, 4), (7, 7), (8, 8), (14, 14), (5, 12)]
@@ -18,7 +18,6 @@ def merging(request, monkeypatch):
     """Everything holds for the merging that goes to the Hub, and for the one of this package."""
     if request.param == "in rounds":
         monkeypatch.delitem(MERGING, "cpu")
-    return request.param
 
 
 def random_affinity(batch: int, count: int, seed: int, dtype=torch.float64) -> torch.Tensor:
@@ -69,29 +68,6 @@ def test_every_cut_equals_scipys(grid, method, dtype):
     count = grid[0] * grid[1]
     affinity = [random_affinity(2, count, 1, dtype), attention_like_affinity(2, grid, 2, dtype)]
     assert_same_trees(torch.cat(affinity), method)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("method", LINKAGES)
-@pytest.mark.parametrize("scale", [1, -3, 8])
-def test_compiled_merging_is_the_other_one_to_the_last_bit(scale, method, dtype, merging):
-    """Ties, negative affinities and rounding included; masks must not depend on what happens to be installed."""
-    if merging != "compiled":
-        pytest.skip("compares both")
-    for grid in GRIDS:
-        uneven, smooth = random_affinity(5, grid[0] * grid[1], 2, dtype), attention_like_affinity(5, grid, 3, dtype)
-        for affinity in (uneven * scale, smooth * scale, (smooth * 40 * scale).round()):
-            expected = merge_in_rounds(affinity.clone(), method)
-            for values, others in zip(expected, MERGING["cpu"](affinity, method), strict=True):
-                assert torch.equal(values, others)
-
-
-def test_compiled_merging_in_several_threads(merging, monkeypatch):
-    affinity = random_affinity(7, 16, 4)
-    alone = build_hierarchy(affinity)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
-    shared = build_hierarchy(affinity)
-    assert torch.equal(alone.rank, shared.rank) and torch.equal(alone.parent, shared.parent)
 
 
 def test_reference_distinguishes_the_linkages():

@@ -137,6 +137,11 @@ def test_a_policy_of_ones_own(registry):
 
     with pytest.raises(ValueError, match=r"mask_policy='stripes' is already .*stripes_scores; choose another"):
         register_mask_policy("stripes")(other)
+    other.__qualname__ = stripes_scores.__qualname__
+    register_mask_policy("stripes")(other)  # as a module that is loaded again
+    other.__module__ = "elsewhere"
+    with pytest.raises(ValueError, match="choose another"):
+        register_mask_policy("stripes")(stripes_scores)
 
 
 BROKEN = {

@@ -1,0 +1,29 @@
+"""Machine code merges as the rounds in torch do, to the last bit."""
+
+import pytest
+import torch
+from test_hierarchy_ehm import GRIDS, LINKAGES, attention_like_affinity, random_affinity
+
+from modeling_ehm import build_hierarchy
+from modeling_ehm.hierarchy_ehm import MERGING, merge_in_rounds
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", LINKAGES)
+@pytest.mark.parametrize("scale", [1, -3, 8])
+def test_compiled_merging_is_the_other_one_to_the_last_bit(scale, method, dtype):
+    """Ties, negative affinities and rounding included; masks must not depend on what happens to be installed."""
+    for grid in GRIDS:
+        uneven, smooth = random_affinity(5, grid[0] * grid[1], 2, dtype), attention_like_affinity(5, grid, 3, dtype)
+        for affinity in (uneven * scale, smooth * scale, (smooth * 40 * scale).round()):
+            expected = merge_in_rounds(affinity.clone(), method)
+            for values, others in zip(expected, MERGING["cpu"](affinity, method), strict=True):
+                assert torch.equal(values, others)
+
+
+def test_compiled_merging_in_several_threads(monkeypatch):
+    affinity = random_affinity(7, 16, 4)
+    alone = build_hierarchy(affinity)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    shared = build_hierarchy(affinity)
+    assert torch.equal(alone.rank, shared.rank) and torch.equal(alone.parent, shared.parent)
