@@ -6,7 +6,8 @@ The settings stand in a YAML file (masking_ledger.yaml). First the cost of a ste
 in one process. Then each is pre-trained for the recipe's steps and, with a schedule of its own, for as many steps as
 fit into the time that the reference takes for them; last come the downstream recipes. What is finished in the work
 folder is not run again, and what was stopped goes on from its last checkpoint, so that the whole can be done in slices
-of `--minutes`. Writes OUT_STEM.json and the tables into OUT_STEM.md, between two marks, of what is finished.
+of `--minutes`; empty it after a change of the code that alters results. Writes OUT_STEM.json and the tables into
+OUT_STEM.md, between two marks, of what is finished.
 """
 
 import argparse

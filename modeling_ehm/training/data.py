@@ -111,8 +111,8 @@ class DataArguments:
         shuffle_window: Samples of a stream that are shuffled among each other; shards are shuffled as wholes.
         max_skipped_share: Share of undecodable images above which the run stops.
         max_pixels: Larger images are not decoded but recorded as skipped (decompression bombs).
-        decoder: "pil", or "simplejpeg": plain JPEGs by simplejpeg and crops by OpenCV, in half the time, with slightly
-            other pixels (`decoding.py`); needs the extra `decode`.
+        decoder: "pil", or "simplejpeg": plain JPEGs by simplejpeg and crops by OpenCV, in little more than half the
+            time, with slightly other pixels (`decoding.py`); needs the extra `decode`.
     """
 
     train: ImageSource
