@@ -29,8 +29,13 @@ def main(arguments: list[str] | None = None) -> None:
         task.execute(prepared)
     except UnusableData as error:  # from a worker it comes with that one's traceback before it
         sys.exit(f"error: {' '.join(str(error).split('UnusableData: ')[-1].split())}")
+    leave_together()
+
+
+def leave_together() -> None:
+    """A process that leaves while others still talk to it is aborted."""
     state = PartialState()
-    state.wait_for_everyone()  # a process that leaves while others still talk to it is aborted
+    state.wait_for_everyone()
     state.destroy_process_group()
 
 

@@ -4,7 +4,8 @@
 
 The images are made here: 500 x 375 pixels of 1/f noise, JPEG quality 90. Every way reads the same ones, takes the same
 boxes of them, resizes these to 224 x 224 and hands on what goes to the device: plain Pillow with numpy as normalised
-floats, ours as uint8. Streams and stored sets are read without decoding. Ways take turns; medians of process time.
+floats, ours as uint8; that the pixels are the same is checked before (not those of simplejpeg). Streams and stored
+sets are read without decoding. Ways take turns; medians of process time.
 Writes OUT_STEM.json and the tables into OUT_STEM.md, between two marks.
 """
 
@@ -29,11 +30,12 @@ from PIL import Image as PILImage
 from modeling_ehm.training.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
+    CropDraw,
     DataArguments,
     ImageSource,
+    Normalizer,
     PretrainingImages,
     open_samples,
-    random_resized_crop,
     stack_examples,
 )
 
@@ -53,21 +55,21 @@ def make_jpeg(rng: np.random.Generator, width: int = 500, height: int = 375) -> 
     return file.getvalue()
 
 
-def plain_pillow(contents: list[bytes], data: DataArguments) -> None:
-    """What a transform of a few lines does: decode, crop, resize, mirror, normalise."""
-    rng, batch = np.random.default_rng(0), []
+def plain_pillow(contents: list[bytes], draws: list[CropDraw]) -> list[torch.Tensor]:
+    """What a transform of a few lines does: decode, crop, resize, mirror, normalise; batches."""
+    batches, batch = [], []
     mean, std = np.float32(IMAGENET_MEAN), np.float32(IMAGENET_STD)
-    for content in contents:
+    for content, draw in zip(contents, draws, strict=True):
         image = PILImage.open(io.BytesIO(content)).convert("RGB")
-        box = random_resized_crop(image.size, data.crop_scale, data.crop_ratio, rng.random(22))
-        crop = image.resize((SIDE, SIDE), PILImage.Resampling.BICUBIC, box=box)
-        if rng.random() < 0.5:
+        crop = image.crop(draw.box).resize((SIDE, SIDE), PILImage.Resampling.BICUBIC)
+        if draw.mirrored:
             crop = crop.transpose(PILImage.Transpose.FLIP_LEFT_RIGHT)
         values = (np.asarray(crop, dtype=np.float32) / 255 - mean) / std
         batch.append(torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1))))
         if len(batch) == BATCH:
-            torch.stack(batch)
+            batches.append(torch.stack(batch))
             batch = []
+    return batches
 
 
 def images_of(path: Path, streaming: bool, decoder: str) -> PretrainingImages:
@@ -77,9 +79,18 @@ def images_of(path: Path, streaming: bool, decoder: str) -> PretrainingImages:
     return PretrainingImages(samples, data, 0, (SIDE, SIDE), num_positions=2**20)
 
 
-def read_batches(images: PretrainingImages, count: int) -> None:
-    for start in range(0, count, BATCH):
-        stack_examples([images[position] for position in range(start, start + BATCH)])
+def read_batches(images: PretrainingImages, count: int) -> list[torch.Tensor]:
+    starts = range(0, count, BATCH)
+    return [
+        stack_examples([images[position] for position in range(start, start + BATCH)])["pixel_values"]
+        for start in starts
+    ]
+
+
+def check_same_pixels(ours: list[torch.Tensor], plain: list[torch.Tensor]) -> None:
+    normalize = Normalizer(IMAGENET_MEAN, IMAGENET_STD)
+    for a, b in zip(ours, plain, strict=True):
+        torch.testing.assert_close(normalize(a), b, rtol=0, atol=1e-5)
 
 
 def read_rows(images: PretrainingImages, positions: Iterator[int], count: int) -> None:
@@ -114,8 +125,12 @@ def main() -> None:
         Dataset.from_dict(rows, features=Features({"image": Image()})).to_parquet(str(path))
         stored, fast = (images_of(path, streaming=False, decoder=name) for name in ("pil", "simplejpeg"))
         streamed = images_of(path, streaming=True, decoder="pil")
+        samples = [next(stored.samples.candidates(position)) for position in range(count)]
+        in_order = [sample.columns["image"]["bytes"] for sample in samples]
+        draws = [stored.draw_crop((500, 375), sample) for sample in samples]
+        check_same_pixels(read_batches(stored, count), plain_pillow(in_order, draws))
         crops = {
-            "plain Pillow": lambda: plain_pillow(contents, stored.data),
+            "plain Pillow": lambda: plain_pillow(in_order, draws),
             "ours": lambda: read_batches(stored, count),
             "ours, simplejpeg": lambda: read_batches(fast, count),
         }

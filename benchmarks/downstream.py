@@ -35,6 +35,8 @@ from modeling_ehm.training.hub import sha256_of
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- tables: written by the command above -->", "<!-- end of tables -->"
+# Overrides of a pre-training recipe that leave out all figures and pictures of its evaluations.
+UNMEASURED = ("data.probe_train=null", "data.probe_test=null", "data.segments=null", 'training.eval_strategy="no"')
 RECIPES = (  # the order of the table
     "classify/tin40",
     "probe/tin40",
@@ -93,6 +95,26 @@ def parse_checkpoints(parser: argparse.ArgumentParser, given: list[str], added: 
     return folders
 
 
+def finished_results(
+    recipe: str, checkpoint: Path | None, seed: int, folder: Path, overrides: list[str]
+) -> dict | None:
+    """Results of a run of this recipe, checkpoint, seed and overrides in this folder; None if it is not finished."""
+    done = folder / "done.json"
+    if not done.exists():
+        return None
+    kept = json.loads(done.read_text())
+    return kept["results"] if kept["key"] == key_of(recipe, checkpoint, seed, overrides) else None
+
+
+def key_of(recipe: str, checkpoint: Path | None, seed: int, overrides: list[str]) -> str:
+    """What tells a run from others: hash of all that its results depend on but the code."""
+    key = hashlib.sha256((ROOT / "configs" / f"{recipe}.yaml").read_bytes())
+    if checkpoint is not None:
+        key.update(sha256_of(checkpoint / "model.safetensors").encode())
+    key.update(json.dumps([seed, overrides]).encode())
+    return key.hexdigest()
+
+
 def run_one(
     recipe: str,
     checkpoint: Path | None,
@@ -108,26 +130,20 @@ def run_one(
     Raises:
         RuntimeError: the run failed, or was stopped.
     """
-    path = ROOT / "configs" / f"{recipe}.yaml"
-    key = hashlib.sha256(path.read_bytes())
-    if checkpoint is not None:
-        key.update(sha256_of(checkpoint / "model.safetensors").encode())
-    key.update(json.dumps([seed, overrides]).encode())
-    done = folder / "done.json"
-    if done.exists() and (kept := json.loads(done.read_text()))["key"] == key.hexdigest():
-        return kept["results"]
-    begun = folder / "key.txt"
-    if folder.exists() and not (begun.exists() and begun.read_text() == key.hexdigest()):
-        shutil.rmtree(folder)  # else the new run would go on from the old one's checkpoints
-    folder.mkdir(parents=True, exist_ok=True)
-    begun.write_text(key.hexdigest())
-    command = [sys.executable, ROOT / "train_ehm.py", path]
-    command += [] if checkpoint is None else [f"model.pretrained={checkpoint}"]
-    command += [f"training.output_dir={folder}", f"training.seed={seed}", "training.disable_tqdm=true", *overrides]
-    started = time.perf_counter()
+    if (kept := finished_results(recipe, checkpoint, seed, folder, overrides)) is not None:
+        return kept
     left = None if deadline == float("inf") else max(0.0, deadline - time.monotonic())
     if left == 0:
         raise RuntimeError(f"{recipe} in {folder} was not begun: the time is over")
+    key, begun = key_of(recipe, checkpoint, seed, overrides), folder / "key.txt"
+    if folder.exists() and not (begun.exists() and begun.read_text() == key):
+        shutil.rmtree(folder)  # else the new run would go on from the old one's checkpoints
+    folder.mkdir(parents=True, exist_ok=True)
+    begun.write_text(key)
+    command = [sys.executable, ROOT / "train_ehm.py", ROOT / "configs" / f"{recipe}.yaml"]
+    command += [] if checkpoint is None else [f"model.pretrained={checkpoint}"]
+    command += [f"training.output_dir={folder}", f"training.seed={seed}", "training.disable_tqdm=true", *overrides]
+    started = time.perf_counter()
     with open(folder / "log.txt", "w") as log:
         settings = {"stdout": log, "stderr": subprocess.STDOUT, "env": os.environ, "timeout": left}
         try:
@@ -139,7 +155,7 @@ def run_one(
     results = json.loads((folder / "results.json").read_text())
     results.pop("pretrained", None)  # a path of this machine; the column says which checkpoint it is
     results["wall_seconds"] = time.perf_counter() - started
-    done.write_text(json.dumps({"key": key.hexdigest(), "results": results}))
+    (folder / "done.json").write_text(json.dumps({"key": key, "results": results}))
     return results
 
 

@@ -7,13 +7,14 @@ in one process. Then each is pre-trained for the recipe's steps and, with a sche
 fit into the time that the reference takes for them; last come the downstream recipes. What is finished in the work
 folder is not run again, and what was stopped goes on from its last checkpoint, so that the whole can be done in slices
 of `--minutes`; empty it after a change of the code that alters results. Writes OUT_STEM.json and the tables into
-OUT_STEM.md, between two marks, of what is finished.
+OUT_STEM.md, between two marks, of all that is finished in the work folder.
 """
 
 import argparse
 import copy
 import dataclasses
 import datetime
+import itertools
 import json
 import statistics
 import sys
@@ -24,15 +25,14 @@ from pathlib import Path
 
 import torch
 import yaml
-from downstream import ROOT, cell, machine, run_all, run_one, write_tables
+from downstream import ROOT, UNMEASURED, cell, finished_results, machine, run_all, run_one, write_tables
 from step import Setting, time_steps
 
 from modeling_ehm.training.arguments import EHMTrainingArguments
 from modeling_ehm.training.recipes import Recipe
 from modeling_ehm.training.tasks import load_recipe, pretrain
 
-UNMEASURED = ("data.probe_train=null", "data.probe_test=null", "data.segments=null", 'training.eval_strategy="no"')
-STEPS, TIME = "equal steps", "equal time"
+BUDGETS = STEPS, TIME = "equal steps", "equal time"
 FIGURES = {  # of an evaluation in pre-training, and of the downstream recipes: heading, name, factor
     "eval_loss": ("loss", 1),
     "eval_knn": ("k-NN", 1),
@@ -51,6 +51,7 @@ class Plan:
     Attributes:
         recipe: Of pre-training, as task/name.
         reference: Setting whose time is the measure.
+        seeds: Of the runs of every setting.
         common: Overrides of all settings.
         downstream: Overrides of each downstream recipe.
         settings: Overrides of each setting.
@@ -58,6 +59,7 @@ class Plan:
 
     recipe: str
     reference: str
+    seeds: list[int]
     common: list[str]
     downstream: dict[str, list[str]]
     settings: dict[str, list[str]]
@@ -66,20 +68,69 @@ class Plan:
         return load_recipe(ROOT / "configs" / f"{self.recipe}.yaml", [*self.common, *self.settings[setting], *more])
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One pre-training run, and the downstream runs from its checkpoint.
+
+    Attributes:
+        setting: Name in the plan.
+        steps: Optimiser steps.
+        seed: Of weights, order, crops and masks.
+        folder: Of this run; those that follow it are beside it.
+    """
+
+    setting: str
+    steps: int
+    seed: int
+    folder: Path
+
+    def arguments(self, plan: Plan) -> tuple:
+        """Those of `run_one` and `finished_results`."""
+        length = [f"training.max_steps={self.steps}", f"training.eval_steps={self.steps}"]
+        overrides = [*plan.common, *plan.settings[self.setting], *length]
+        return plan.recipe, None, self.seed, self.folder / "pretrain", overrides
+
+    def downstream_arguments(self, plan: Plan, recipe: str) -> tuple:
+        folder = self.folder / recipe.replace("/", "-")
+        return recipe, self.folder / "pretrain", self.seed, folder, plan.downstream[recipe]
+
+    def figures(self, plan: Plan) -> dict[str, float]:
+        """Of all that is finished."""
+        pretrained = finished_results(*self.arguments(plan))
+        if pretrained is None:
+            return {}
+        figures = dict(pretrained["evaluations"][-1])
+        for recipe in plan.downstream:
+            if (results := finished_results(*self.downstream_arguments(plan, recipe))) is not None:
+                figures |= results["figures"]
+        return figures
+
+
 def read_plan(path: Path) -> Plan:
     """The plan in a YAML file.
 
     Raises:
-        ValueError: other keys than a plan has, an unknown reference, or steps on different numbers of masks.
+        ValueError: other keys than a plan has, an unknown reference, or settings whose steps have other numbers of
+            masks or other learning rates.
     """
     content = yaml.safe_load(path.read_text())
     content["common"] = content.pop("set", [])
+    known = {field.name for field in dataclasses.fields(Plan)}
+    if content.keys() != known:
+        names = sorted(content.keys() ^ known)
+        raise ValueError(f"{path}: {', '.join(names)} missing or unknown; a plan has set, {', '.join(sorted(known))}")
     plan = Plan(**content)
     if plan.reference not in plan.settings:
         raise ValueError(f"{path}: reference={plan.reference!r} is not one of the settings {list(plan.settings)}")
-    masks = {name: masks_a_step(plan.recipe_of(name)) for name in plan.settings}
+    recipes = {name: plan.recipe_of(name) for name in plan.settings}
+    masks = {name: masks_a_step(recipe) for name, recipe in recipes.items()}
     if len(set(masks.values())) > 1:
         raise ValueError(f"{path}: every step must train on as many masks, images times masks_per_image, not {masks}")
+    rates = {name: EHMTrainingArguments(**recipe.training).learning_rate for name, recipe in recipes.items()}
+    if len(set(rates.values())) > 1:
+        raise ValueError(
+            f"{path}: every step must have the same learning rate (the base rate counts images), not {rates}"
+        )
     return plan
 
 
@@ -94,6 +145,8 @@ def measure_costs(plan: Plan, rounds: int) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = torch.bfloat16 if args.bf16 else torch.float32
     setting = Setting(device, precision, args.attn_implementation, compiled=False)
+    for recipe in recipes.values():
+        pretrain.import_modules(recipe.training.get("import_modules", []))
     models = {name: pretrain.build_model(recipe, setting.attention).to(device) for name, recipe in recipes.items()}
     for model in models.values():
         model.train()
@@ -127,7 +180,7 @@ def time_images(recipe: Recipe, count: int = 512) -> float:
         if started is None:  # the first batch has to start everything
             started = time.process_time()
             continue
-        seen += len(batch["pixel_values"])
+        seen += len(trainer._prepare_inputs(batch)["pixel_values"])
         if seen >= count:
             break
     seconds = (time.process_time() - started) / seen
@@ -144,19 +197,17 @@ def steps_of(plan: Plan, costs: dict[str, float], setting: str, budget: str) -> 
     return steps if abs(fitting - steps) <= 0.01 * steps else fitting
 
 
-def run_setting(plan: Plan, setting: str, steps: int, seed: int, folder: Path, deadline: float) -> dict:
-    """Figures of a pre-training run of so many steps."""
-    overrides = [*plan.common, *plan.settings[setting], f"training.max_steps={steps}", f"training.eval_steps={steps}"]
-    results = run_one(plan.recipe, None, seed, folder, overrides, deadline)
-    return {"figures": results["evaluations"][-1], "wall_seconds": results["wall_seconds"]}
+def runs_of(plan: Plan, costs: dict[str, float], work: Path) -> dict[tuple[str, str, int], Run]:
+    """All runs of a plan by (setting, budget, seed); where both budgets are the same number of steps, the same run."""
+    runs = {}
+    for seed, budget, setting in itertools.product(plan.seeds, BUDGETS, plan.settings):
+        steps = steps_of(plan, costs, setting, budget)
+        name = "".join(letter if letter.isalnum() else "_" for letter in setting)
+        runs[setting, budget, seed] = Run(setting, steps, seed, work / f"{name}-{steps}" / f"seed-{seed}")
+    return runs
 
 
-def run_downstream(plan: Plan, recipe: str, checkpoint: Path, seed: int, folder: Path, deadline: float) -> dict:
-    results = run_one(recipe, checkpoint, seed, folder, plan.downstream[recipe], deadline)
-    return {"figures": results["figures"], "wall_seconds": results["wall_seconds"]}
-
-
-def table(rows: dict[str, dict], plan: Plan, costs: dict[str, float], budget: str, seeds: list[int]) -> str:
+def table(rows: dict[str, dict], plan: Plan, costs: dict[str, float], budget: str) -> str:
     """Mean ± standard deviation over the seeds that are finished, whose number is in brackets if some are missing."""
     header = ["masks", "cost of a step", "steps", *(heading for heading, _ in FIGURES.values())]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
@@ -165,7 +216,7 @@ def table(rows: dict[str, dict], plan: Plan, costs: dict[str, float], budget: st
         for name, (_, factor) in FIGURES.items():
             values = [factor * figures[name] for figures in rows.get(setting, {}).values() if name in figures]
             text = cell(values) if values else ""
-            cells.append(text + (f" ({len(values)})" if 0 < len(values) < len(seeds) else ""))
+            cells.append(text + (f" ({len(values)})" if 0 < len(values) < len(plan.seeds) else ""))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -174,48 +225,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_stem", type=Path)
     parser.add_argument("--plan", type=Path, default=Path(__file__).with_suffix(".yaml"))
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", help="run these settings alone; the tables hold all that is finished")
-    parser.add_argument("--budgets", nargs="+", default=[STEPS, TIME], choices=[STEPS, TIME])
-    parser.add_argument("--no-downstream", action="store_true")
+    parser.add_argument("--seeds", nargs="+", type=int, help="run these alone; the tables hold all that is finished")
+    parser.add_argument("--only", nargs="+", metavar="SETTING", help="run these settings alone")
+    parser.add_argument("--budgets", nargs="+", default=BUDGETS, choices=BUDGETS, help="run these alone")
+    parser.add_argument("--no-downstream", action="store_true", help="run pre-training alone")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time; set OMP_NUM_THREADS accordingly")
     parser.add_argument("--rounds", type=int, default=9, help="of the measurement of costs")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long; start again to go on")
     parser.add_argument("--work", type=Path, default=Path("outputs/ledger"), help="folder of the runs")
     options = parser.parse_args()
     plan, deadline = read_plan(options.plan), time.monotonic() + 60 * options.minutes
+    if unknown := [name for name in options.only or [] if name not in plan.settings]:
+        parser.error(f"--only {unknown} is not in {options.plan}, whose settings are {list(plan.settings)}")
     costs = kept_costs(plan, options.work, options.rounds)
-    jobs, folders = {}, {}
-    for seed in options.seeds:
-        for budget in options.budgets:
-            for setting in plan.settings:
-                steps = steps_of(plan, costs, setting, budget)
-                name = "".join(letter if letter.isalnum() else "_" for letter in setting)
-                folder = options.work / f"{name}-{steps}" / f"seed-{seed}"
-                folders[setting, budget, seed] = folder
-                jobs["pretrain", str(folder), seed] = partial(
-                    run_setting, plan, setting, steps, seed, folder / "pretrain", deadline
-                )
-    wanted = {str(folder) for (setting, _, _), folder in folders.items() if setting in (options.only or plan.settings)}
-    results, failures = run_all({key: job for key, job in jobs.items() if key[1] in wanted}, options.jobs)
+    runs = runs_of(plan, costs, options.work)
+    wanted = {
+        run
+        for (setting, budget, seed), run in runs.items()
+        if setting in (options.only or plan.settings)
+        and budget in options.budgets
+        and seed in (options.seeds or plan.seeds)
+    }
+    in_order = [run for run in dict.fromkeys(runs.values()) if run in wanted]
+    jobs = {
+        ("pretrain", str(run.folder), run.seed): partial(run_one, *run.arguments(plan), deadline) for run in in_order
+    }
+    _, failures = run_all(jobs, options.jobs)
     if not options.no_downstream:
-        later = {}
-        for _, folder, seed in [key for key in results if key[0] == "pretrain"]:
-            for recipe in plan.downstream:
-                own = Path(folder) / recipe.replace("/", "-")
-                later[recipe, folder, seed] = partial(
-                    run_downstream, plan, recipe, Path(folder) / "pretrain", seed, own, deadline
-                )
-        more, failed = run_all(later, options.jobs)
-        results, failures = results | more, failures + failed
-    report(options, plan, costs, folders, results)
+        jobs = {
+            (recipe, str(run.folder), run.seed): partial(run_one, *run.downstream_arguments(plan, recipe), deadline)
+            for run in in_order
+            if finished_results(*run.arguments(plan)) is not None
+            for recipe in plan.downstream
+        }
+        failures += run_all(jobs, options.jobs)[1]
+    report(options.out_stem, plan, costs, runs)
     if failures:
         sys.exit(f"{len(failures)} runs are not finished")
 
 
 def kept_costs(plan: Plan, work: Path, rounds: int) -> dict[str, float]:
-    """Costs measured before for the same plan, or measured now."""
-    path, key = work / "costs.json", json.dumps([plan.recipe, plan.common, plan.settings])
+    """Costs measured before for the same plan and recipe on the same machine, or measured now."""
+    recipe = (ROOT / "configs" / f"{plan.recipe}.yaml").read_text()
+    path, key = work / "costs.json", json.dumps([recipe, plan.common, plan.settings, machine(), rounds])
     if path.exists() and (kept := json.loads(path.read_text()))["key"] == key:
         return kept["costs"]
     costs = measure_costs(plan, rounds)
@@ -224,25 +276,23 @@ def kept_costs(plan: Plan, work: Path, rounds: int) -> dict[str, float]:
     return costs
 
 
-def report(options: argparse.Namespace, plan: Plan, costs: dict, folders: dict, results: dict) -> None:
-    by_folder: dict[str, dict] = {}
-    for (_, folder, _), result in results.items():
-        by_folder.setdefault(folder, {}).update(result["figures"])
+def report(out_stem: Path, plan: Plan, costs: dict[str, float], runs: dict[tuple[str, str, int], Run]) -> None:
+    """Write the tables of all that is finished, whatever was run just now."""
     tables, record = {}, {"costs": costs}
-    for budget in options.budgets:
+    for budget in BUDGETS:
         rows: dict[str, dict] = {}
-        for (setting, own, seed), folder in folders.items():
-            if own == budget and str(folder) in by_folder:
-                rows.setdefault(setting, {})[seed] = by_folder[str(folder)]
-        tables[budget] = table(rows, plan, costs, budget, options.seeds)
-        record[budget] = rows
-    options.out_stem.parent.mkdir(parents=True, exist_ok=True)
-    options.out_stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    text = f"{datetime.date.today()}; {machine()}; {torch.get_num_threads()} thread(s) a run; seeds {options.seeds}.\n"
+        for (setting, own, seed), run in runs.items():
+            if own == budget and (figures := run.figures(plan)):
+                rows.setdefault(setting, {})[seed] = figures
+        tables[budget], record[budget] = table(rows, plan, costs, budget), rows
+    out_stem.parent.mkdir(parents=True, exist_ok=True)
+    out_stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    text = f"{datetime.date.today()}; {machine()}; {torch.get_num_threads()} thread(s) a run; seeds {plan.seeds}.\n"
     for budget, one in tables.items():
         text += f"\n{budget.capitalize()}:\n\n{one}\n"
-    write_tables(options.out_stem.with_suffix(".md"), text)
-    print(f"wrote {options.out_stem}.md and .json")
+    text += "\nLoss: under the setting's own last masks, and so not to be compared from row to row.\n"
+    write_tables(out_stem.with_suffix(".md"), text)
+    print(f"wrote {out_stem}.md and .json")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from modeling_ehm.masking_ehm import mask_from_scores, mask_scores
 
 SIDES = (8, 14, 16, 24, 32)
 NUM_PARTS = 25
+FIT_FROM = 196  # patches; below, what does not grow with them weighs in
 
 
 def smooth_affinity(batch: int, side: int, seed: int) -> Tensor:
@@ -93,23 +94,26 @@ def measure(affinity: Tensor, setting: Setting, rounds: int) -> dict[str, float]
 
 
 def exponent(times: dict[int, float]) -> float:
-    """Slope of the logarithm of time over that of the number of patches, by least squares."""
+    """Slope of the logarithm of time over that of the number of patches, by least squares, from `FIT_FROM` on."""
+    times = {n: time for n, time in times.items() if n >= FIT_FROM}
     x, y = [math.log(n) for n in times], [math.log(t) for t in times.values()]
     return statistics.linear_regression(x, y).slope
 
 
 def as_markdown(results: dict[str, dict[int, dict[str, float]]]) -> str:
     counts = [side**2 for side in SIDES]
-    lines = ["| affinity | milliseconds an image | " + " | ".join(f"N = {n}" for n in counts) + " | exponent |"]
-    lines.append("| --- | --- |" + " --- |" * (len(counts) + 1))
+    lines = ["| affinity | milliseconds an image | " + " | ".join(f"N = {n}" for n in counts)]
+    lines[0] += f" | exponent from {FIT_FROM} on | from {counts[-2]} on |"
+    lines.append("| --- | --- |" + " --- |" * (len(counts) + 2))
     for kind, by_count in results.items():
         for name in by_count[counts[0]]:
             times = {n: by_count[n][name] for n in counts}
             cells = [f"{time:.4f}" for time in times.values()] + [f"{exponent(times):.2f}"]
+            cells.append(f"{exponent({n: times[n] for n in counts[-2:]}):.2f}")
             lines.append(f"| {kind} | {name} | " + " | ".join(cells) + " |")
         if "scipy" in by_count[counts[0]]:
             ratios = [f"{by_count[n]['ours'] / by_count[n]['scipy']:.2f}" for n in counts]
-            lines.append(f"| {kind} | ours / scipy | " + " | ".join(ratios) + " | |")
+            lines.append(f"| {kind} | ours / scipy | " + " | ".join(ratios) + " | | |")
     return "\n".join(lines)
 
 

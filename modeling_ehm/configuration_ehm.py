@@ -57,6 +57,7 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
         mask_ratio: Share of patches hidden, strictly between 0 and 1.
         masks_per_image: Masks drawn from one tree, and trained on, for each image of a training batch; their visible
             patches differ as far as the ratio allows. Pixels are decoded and the teacher runs once for all of them.
+            (`base_learning_rate` of a recipe counts images, not masks.)
         norm_pix_loss: Whether targets are normalised per patch (the better choice in MAE's Table 1).
         objective: "mae": the encoder sees visible patches only, a decoder predicts the others, squared error.
             "simmim": mask tokens inside the encoder, a linear head, absolute error.

@@ -2,7 +2,8 @@
 
 A policy is a function of a `MaskRequest` that returns scores `(B, N)`, registered under the name that
 `EHMConfig.mask_policy` gives. Count and polarity are kept by what follows it (`mask_from_scores`); what it must keep
-itself: an image's scores are a function of its own `mask_seed`, content and progress, never of the batch.
+itself: an image's scores are a function of its own `mask_seed`, content and progress, never of the batch. It computes
+in full precision; the teacher in that of the training.
 
     @register_mask_policy("stripes")
     def stripes_scores(request):
@@ -80,9 +81,11 @@ def register_mask_policy(name: str) -> Callable[[MaskPolicy], MaskPolicy]:
     """
 
     def register(policy: MaskPolicy) -> MaskPolicy:
-        known = MASK_POLICIES.get(name, policy)
-        if (known.__module__, known.__qualname__) != (policy.__module__, policy.__qualname__):
-            raise ValueError(f"mask_policy={name!r} is already {known.__module__}.{known.__qualname__}; choose another")
+        known, own = (
+            f"{one.__module__}.{getattr(one, '__qualname__', one)}" for one in (MASK_POLICIES.get(name, policy), policy)
+        )
+        if known != own:
+            raise ValueError(f"mask_policy={name!r} is already {known}; choose another")
         MASK_POLICIES[name] = policy
         return policy
 

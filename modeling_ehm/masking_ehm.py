@@ -145,7 +145,7 @@ def mask_from_scores(scores: Tensor, num_hidden: int, num_masks: int = 1) -> Ten
 
     The r-th mask shows the patches from place `r * N // num_masks` of that order on, beyond its end those at its
     beginning: visible sets share no patch if `num_masks * (N - num_hidden) <= N`, else as few as can be. Half of the
-    patches hidden and two masks, or three quarters and four: every patch is visible in just one.
+    patches hidden and two masks, or three quarters and four: if N divides so, every patch is visible in just one.
 
     Args:
         scores: `(B, N)`.

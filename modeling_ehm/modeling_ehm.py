@@ -107,16 +107,25 @@ def sincos_positions(grid_size: tuple[int, int], width: int) -> Tensor:
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), table])[None].float()
 
 
-def count_hidden(bool_masked_pos: Tensor, batch_size: int, num_patches: int) -> int:
+def count_hidden(bool_masked_pos: Tensor, batch_size: int, num_patches: int, several: bool = False) -> int:
     """How many patches each row of a mask hides; waits for a GPU to know it.
+
+    Args:
+        bool_masked_pos: `(B, N)` bool; if `several`, `(B * R, N)` for any R.
+        batch_size: B.
+        num_patches: N.
+        several: Whether an image may have several masks, one after the other.
 
     Raises:
         ValueError: another dtype or shape, rows with different counts, or a row without a visible patch.
     """
-    if bool_masked_pos.dtype != torch.bool or bool_masked_pos.shape != (batch_size, num_patches):
+    is_matrix = bool_masked_pos.dtype == torch.bool and bool_masked_pos.shape[1:] == (num_patches,)
+    masks_per_image = len(bool_masked_pos) / max(1, batch_size) if is_matrix else 0
+    if masks_per_image != 1 and not (several and masks_per_image >= 1 and masks_per_image.is_integer()):
         raise ValueError(
             f"bool_masked_pos has dtype {bool_masked_pos.dtype} and shape {tuple(bool_masked_pos.shape)};"
-            f" bool and ({batch_size} images, {num_patches} patches) are expected, True = masked"
+            f" bool and ({batch_size} images{' x R masks' if several else ''}, {num_patches} patches) are expected,"
+            " True = masked"
         )
     hidden = bool_masked_pos.sum(1)
     low, high = hidden.aminmax()
@@ -162,6 +171,11 @@ class EHMPatchEmbeddings(nn.Module):
             raise ValueError(
                 f"pixel_values has shape {tuple(pixel_values.shape)}; (images, num_channels={self.num_channels},"
                 " height, width) is expected: set do_convert_rgb in the image processor, or num_channels in the config"
+            )
+        if not pixel_values.is_floating_point():  # values of 0 to 255 would train, and badly
+            raise ValueError(
+                f"pixel_values has dtype {pixel_values.dtype}; normalised floats are expected: use the image processor,"
+                " or in training EHMTrainer(normalize=...) or NormalizingCollator"
             )
         (height, width), (patch_height, patch_width) = pixel_values.shape[2:], self.patch_size
         if height % patch_height or width % patch_width or not height or not width:
@@ -627,10 +641,9 @@ class EHMForPreTraining(EHMPreTrainedModel):
         if bool_masked_pos is None:
             bool_masked_pos = self.evolve_mask(pixel_values, progress, mask_seed)  # (B * R, N), True = masked
             num_hidden = self.config.num_hidden_patches(rows * columns)
-            pixel_values = repeat_images(pixel_values, len(bool_masked_pos))  # (B * R, C, H, W)
         else:
-            pixel_values = repeat_images(pixel_values, len(bool_masked_pos))
-            num_hidden = count_hidden(bool_masked_pos, len(pixel_values), rows * columns)
+            num_hidden = count_hidden(bool_masked_pos, len(pixel_values), rows * columns, several=True)
+        pixel_values = repeat_images(pixel_values, len(bool_masked_pos))  # (B * R, C, H, W)
         # (B, 1 + V, D); with the SimMIM objective (B, 1 + N, D)
         outputs = self.ehm(pixel_values, bool_masked_pos, num_hidden, return_dict=True, **kwargs)
         order = visible_first(bool_masked_pos)  # (B, N)
@@ -681,6 +694,10 @@ class EHMForPreTraining(EHMPreTrainedModel):
             True in each row.
         """
         rows, columns = self.get_input_embeddings().grid_of(pixel_values)
+        device_type = pixel_values.device.type
+        as_caller = torch.autocast(  # the teacher's precision is the caller's
+            device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type)
+        )
         if mask_seed is None:
             mask_seed = draw_mask_seeds(len(pixel_values), pixel_values.device)
         elif mask_seed.shape != (len(pixel_values),):
@@ -694,10 +711,11 @@ class EHMForPreTraining(EHMPreTrainedModel):
             pixel_values,
             progress=lambda: self._known(progress),
             schedule=lambda: self.mask_schedule(progress, rows * columns),
-            affinity=lambda: self.patch_affinity(pixel_values),
-            hierarchy=lambda: self.parse_hierarchy(pixel_values),
+            affinity=lambda: as_caller(self.patch_affinity)(pixel_values),
+            hierarchy=lambda: as_caller(self.parse_hierarchy)(pixel_values),
         )
-        scores = mask_policy_named(self.config.mask_policy)(request)  # (B, N)
+        with torch.autocast(device_type, enabled=False):  # bfloat16 would round scores into ties
+            scores = mask_policy_named(self.config.mask_policy)(request)  # (B, N)
         if scores.shape != (len(pixel_values), rows * columns):
             raise ValueError(
                 f"mask_policy={self.config.mask_policy!r} gave scores of shape {tuple(scores.shape)};"

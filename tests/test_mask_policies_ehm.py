@@ -1,5 +1,7 @@
 """Every policy keeps count, polarity and determinism, and masks what its name says."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -142,6 +144,9 @@ def test_a_policy_of_ones_own(registry):
     other.__module__ = "elsewhere"
     with pytest.raises(ValueError, match="choose another"):
         register_mask_policy("stripes")(stripes_scores)
+    register_mask_policy("half")(partial(stripes_scores))  # callables without a name of their own
+    with pytest.raises(ValueError, match="mask_policy='half' is already functools"):
+        register_mask_policy("half")(stripes_scores)
 
 
 BROKEN = {

@@ -9,6 +9,7 @@ from transformers import AutoModel, AutoModelForPreTraining, Trainer, TrainerCal
 from transformers.models.vit_mae.modeling_vit_mae import build_2d_sinusoidal_position_embedding
 
 from modeling_ehm import EHMForPreTraining, EHMModel, build_hierarchy, hierarchical_mask
+from modeling_ehm.mask_policies_ehm import MASK_POLICIES
 from modeling_ehm.masking_ehm import mask_from_scores, random_scores
 from modeling_ehm.modeling_ehm import normalize_patches, patchify, sincos_positions, unpatchify
 
@@ -292,6 +293,23 @@ def test_affinity_keeps_its_precision_under_autocast(make_config, affinity):
 
 
 # The loss
+
+
+def test_policies_compute_in_float32_and_the_teacher_as_its_caller(make_config, monkeypatch):
+    seen = []
+
+    def policy(request):
+        seen.append((torch.ones(1, 1) @ torch.ones(1, 1)).dtype)
+        request.affinity()
+        return torch.rand(len(request.mask_seed), request.num_patches)
+
+    monkeypatch.setitem(MASK_POLICIES, "mine", policy)
+    model = build(EHMForPreTraining, make_config(mask_policy="mine")).train()
+    model.ehm.layers[0].attention.q_proj.register_forward_hook(lambda _, inputs, out: seen.append(out.dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.evolve_mask(some_images(2))
+    model.evolve_mask(some_images(2))
+    assert seen == [torch.float32, torch.bfloat16, torch.float32, torch.float32]
 
 
 def test_patchify_by_hand():
@@ -713,7 +731,14 @@ def mask_of(*hidden: int, count: int = 16) -> torch.Tensor:
         (some_images(2), {"bool_masked_pos": mask_of(3, 3).long()}, "bool_masked_pos has dtype torch.int64"),
         (some_images(2), {"bool_masked_pos": mask_of(3, 3).float()}, "bool_masked_pos has dtype torch.float32"),
         (some_images(2), {"bool_masked_pos": mask_of(3, 3, count=15)}, r"shape \(2, 15\); bool and \(.*16 patches\)"),
-        (some_images(2), {"bool_masked_pos": mask_of(3)[0]}, "bool_masked_pos has .*16"),
+        (
+            some_images(2),
+            {"bool_masked_pos": mask_of(3)[0]},
+            r"shape \(16,\); bool and \(2 images x R masks, 16 patches",
+        ),
+        (some_images(2), {"bool_masked_pos": mask_of(*[12] * 3)}, r"shape \(3, 16\); bool and \(2 images x R masks"),
+        (some_images(2), {"bool_masked_pos": mask_of(12)}, r"shape \(1, 16\); bool and \(2 images x R masks"),
+        (some_images(2).mul(255).byte(), {}, "pixel_values has dtype torch.uint8; normalised floats are expected: use"),
         (some_images(2), {"mask_seed": torch.arange(3)}, r"mask_seed has shape \(3,\); one number an image, \(2,\)"),
         (some_images(2), {"mask_seed": torch.arange(2.0)}, "mask_seed has dtype torch.float32"),
     ],
@@ -722,11 +747,3 @@ def test_refused_inputs(make_config, objective, images, arguments, message):
     model = EHMForPreTraining(make_config(objective=objective)).eval()
     with pytest.raises(ValueError, match=message):
         model(images, **arguments)
-
-
-@pytest.mark.parametrize("objective", ["mae", "simmim"])
-def test_masks_for_another_number_of_images_are_refused(make_config, objective):
-    model = EHMForPreTraining(make_config(objective=objective)).eval()
-    for rows in (1, 3):
-        with pytest.raises(ValueError, match="bool_masked_pos"):
-            model(some_images(2), mask_of(*[12] * rows))

@@ -32,6 +32,7 @@ PUSHED_FILES = [
     "curves.png",
 ]
 VERSIONED = ("modeling_ehm", "torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors")
+LATER_SETTINGS = {"decoder": "pil"}  # what stood for settings that records of earlier versions do not have
 RESUME_KEYS = ("seed", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
 HEAD_PATHS = ("language_model", "projector", "chat_template")  # fields of heads that may name folders of the machine
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -89,8 +90,9 @@ class RunRecord:
         if resumed_from is not None and self.path.exists():
             earlier = json.loads(self.path.read_text())
             self.starts = earlier.pop("starts")
-            before = RunRecord(**earlier).settings()
             now = json.loads(json.dumps(self.settings(), default=str))
+            before = {key: value for key, value in LATER_SETTINGS.items() if key in now}
+            before |= RunRecord(**earlier).settings()
             if differing := sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
                 shown = ", ".join(
                     f"{key}={now.get(key, 'not set')!r} (was {before.get(key, 'not set')!r})" for key in differing

@@ -1,11 +1,14 @@
 """The ledger of mask policies: equal masks a step, equal time, and only what is finished in the table."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny_recipes import ROOT
+
+from modeling_ehm.mask_policies_ehm import MASK_POLICIES
 
 SETTINGS = {"random": ["model.mask_policy=random"], "ehm": [], "four": ["model.masks_per_image=4"]}
 
@@ -20,6 +23,7 @@ def plan_of(ledger, tmp_path: Path, **changes):
     content = {
         "recipe": "pretrain/tin64_vit_tiny",
         "reference": "random",
+        "seeds": [0, 1],
         "set": ["training.max_steps=1000"],
         "downstream": {"retrieve/copydup": ["head.rerank=0"]},
         "settings": {"random": ["model.mask_policy=random"], "ehm": []},
@@ -29,11 +33,13 @@ def plan_of(ledger, tmp_path: Path, **changes):
     return ledger.read_plan(path)
 
 
-def test_the_plan_that_is_shipped(ledger):
-    """Every recipe it names exists, every setting is a configuration, and every step trains on 256 masks."""
-    plan = ledger.read_plan(ROOT / "benchmarks" / "masking_ledger.yaml")
+@pytest.mark.parametrize(("name", "masks"), [("masking_ledger", 256), ("masking_ledger_gpu", 1024)])
+def test_the_plans_that_are_shipped(ledger, name, masks):
+    """Every recipe they name exists, every setting is a configuration, and every step trains on as many masks."""
+    plan = ledger.read_plan(ROOT / "benchmarks" / f"{name}.yaml")
     recipes = {name: plan.recipe_of(name) for name in plan.settings}
-    assert {ledger.masks_a_step(recipe) for recipe in recipes.values()} == {256}
+    assert {ledger.masks_a_step(recipe) for recipe in recipes.values()} == {masks}
+    assert {recipe.model.get("masks_per_image", 1) for recipe in recipes.values()} >= {1, 4}
     policies = {recipe.model.get("mask_policy", "ehm") for recipe in recipes.values()}
     assert policies == {"random", "block", "grid", "color_noise", "epm", "ehm"}
     for name, overrides in plan.downstream.items():
@@ -44,7 +50,12 @@ def test_unequal_steps_are_refused(ledger, tmp_path):
     with pytest.raises(ValueError, match=r"every step must train on as many masks.*'four': 1024"):
         plan_of(ledger, tmp_path, settings=SETTINGS)
     fewer = SETTINGS | {"four": ["model.masks_per_image=4", "training.global_batch_size=64"]}
+    with pytest.raises(ValueError, match=r"the same learning rate .*'random': 0.0015, .*'four': 0.000375"):
+        plan_of(ledger, tmp_path, settings=fewer)
+    fewer["four"].append("training.base_learning_rate=6.0e-3")
     assert list(plan_of(ledger, tmp_path, settings=fewer).settings) == ["random", "ehm", "four"]
+    with pytest.raises(ValueError, match="steps missing or unknown; a plan has set, common, "):
+        plan_of(ledger, tmp_path, steps=5)
     with pytest.raises(ValueError, match="reference='mae' is not one of the settings"):
         plan_of(ledger, tmp_path, reference="mae")
 
@@ -57,18 +68,87 @@ def test_who_is_slower_takes_fewer_steps_in_the_same_time(ledger, tmp_path):
     assert ledger.steps_of(plan, {"random": 2.0, "ehm": 2.01}, "ehm", ledger.TIME) == 1000  # as good as equal
 
 
-def test_the_table_holds_what_is_finished(ledger, tmp_path):
-    plan = plan_of(ledger, tmp_path)
-    rows = {"random": {0: {"eval_knn": 20.0, "eval_hierarchy_ari": 0.25, "map": 80.0}, 1: {"eval_knn": 22.0}}}
-    lines = ledger.table(rows, plan, {"random": 2.0, "ehm": 2.5}, ledger.TIME, [0, 1]).splitlines()
-    assert lines[0].startswith("| masks | cost of a step | steps | loss | k-NN | linear | hierarchy |")
-    assert lines[2] == "| random | 1.00 | 1000 |  | 21.00 ± 1.41 |  | 25.00 (1) |  |  | 80.00 (1) |"
-    assert lines[3] == "| ehm | 1.25 | 800 |  |  |  |  |  |  |  |"
+def test_a_policy_of_ones_own_is_measured(ledger, tmp_path, monkeypatch):
+    """Its module is imported before the models are made."""
+    (tmp_path / "my_masks.py").write_text(
+        "from modeling_ehm.mask_policies_ehm import register_mask_policy\n"
+        "from modeling_ehm.masking_ehm import keyed_uniform\n"
+        "@register_mask_policy('mine')\n"
+        "def mine(request):\n"
+        "    return keyed_uniform(request.mask_seed, request.num_patches, 16)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(ledger, "time_images", lambda recipe: 0.0)
+    mine = ["model.mask_policy=mine", 'training.import_modules=["my_masks"]']
+    small = ["model.hidden_size=32", "model.num_hidden_layers=1", "training.global_batch_size=4"]
+    plan = plan_of(ledger, tmp_path, set=small, settings={"random": ["model.mask_policy=random"], "mine": mine})
+    try:
+        costs = ledger.measure_costs(plan, rounds=1)
+    finally:
+        MASK_POLICIES.pop("mine", None)
+    assert costs.keys() == {"random", "mine"} and min(costs.values()) > 0
+
+
+@pytest.fixture
+def finished_work(ledger, tmp_path, monkeypatch):
+    """A plan and a folder in which the runs of `random` are finished, with one downstream run; what runs is noted."""
+    plan, work, ran = plan_of(ledger, tmp_path), tmp_path / "work", []
+    runs = ledger.runs_of(plan, {"random": 2.0, "ehm": 2.5}, work)
+    (tmp_path / "costs").mkdir()
+    monkeypatch.setattr(ledger, "kept_costs", lambda *_: {"random": 2.0, "ehm": 2.5})
+
+    def finish(recipe, checkpoint, seed, folder, overrides, deadline=None):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        results = {"evaluations": [{"eval_knn": 20.0 + seed}], "figures": {"map": 80.0}, "wall_seconds": 1.0}
+        key = downstream.key_of(recipe, checkpoint, seed, overrides)
+        (folder / "done.json").write_text(json.dumps({"key": key, "results": results}))
+        ran.append((recipe, str(folder.relative_to(work))))
+        return results
+
+    downstream = importlib.import_module("downstream")
+    for seed in (0, 1):
+        finish(*runs["random", ledger.STEPS, seed].arguments(plan))
+    finish(*runs["random", ledger.STEPS, 0].downstream_arguments(plan, "retrieve/copydup"))
+    monkeypatch.setattr(ledger, "run_one", finish)
+    ran.clear()
+    return tmp_path / "plan.yaml", work, ran
+
+
+def run_ledger(ledger, monkeypatch, plan: Path, work: Path, out: Path, *arguments: str) -> list[str]:
+    """Rows of both tables after a call with these arguments."""
+    given = ["masking_ledger.py", str(out), "--plan", str(plan), "--work", str(work), *arguments]
+    monkeypatch.setattr("sys.argv", given)
+    ledger.main()
+    return [line for line in out.with_suffix(".md").read_text().splitlines() if line.startswith(("| random", "| ehm"))]
+
+
+def test_the_tables_hold_what_is_finished_whatever_was_run(ledger, finished_work, tmp_path, monkeypatch):
+    plan, work, ran = finished_work
+    some = ["--only", "ehm", "--seeds", "1", "--budgets", ledger.TIME, "--no-downstream"]
+    rows = run_ledger(ledger, monkeypatch, plan, work, tmp_path / "out", *some)
+    assert ran == [("pretrain/tin64_vit_tiny", "ehm-800/seed-1/pretrain")]
+    assert rows == [
+        "| random | 1.00 | 1000 |  | 20.50 ± 0.71 |  |  |  |  | 80.00 (1) |",
+        "| ehm | 1.25 | 1000 |  |  |  |  |  |  |  |",
+        "| random | 1.00 | 1000 |  | 20.50 ± 0.71 |  |  |  |  | 80.00 (1) |",
+        "| ehm | 1.25 | 800 |  | 21.00 (1) |  |  |  |  |  |",
+    ]
+    rows = run_ledger(ledger, monkeypatch, plan, work, tmp_path / "out")  # all the rest
+    assert rows[1] == "| ehm | 1.25 | 1000 |  | 20.50 ± 0.71 |  |  |  |  | 80.00 ± 0.00 |"
+
+
+def test_unknown_settings_are_refused(ledger, finished_work, tmp_path, monkeypatch, capsys):
+    plan, work, ran = finished_work
+    with pytest.raises(SystemExit):
+        run_ledger(ledger, monkeypatch, plan, work, tmp_path / "out", "--only", "emh")
+    assert "--only ['emh'] is not in" in capsys.readouterr().err and ran == []
 
 
 def test_a_run_that_is_stopped_is_not_taken_for_finished(ledger, tmp_path):
     """The time is over before it begins."""
     plan = plan_of(ledger, tmp_path)
+    run = ledger.Run("ehm", 5, 0, tmp_path / "run")
     with pytest.raises(RuntimeError, match="was not begun: the time is over"):
-        ledger.run_setting(plan, "ehm", 5, 0, tmp_path / "run", deadline=0.0)
-    assert not (tmp_path / "run" / "done.json").exists()
+        ledger.run_one(*run.arguments(plan), 0.0)
+    assert run.figures(plan) == {}

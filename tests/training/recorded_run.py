@@ -35,4 +35,7 @@ def samples_of(folder: Path) -> list[list]:
 
 
 if __name__ == "__main__":
+    from train_ehm import leave_together
+
     run(*sys.argv[1:])
+    leave_together()

@@ -117,6 +117,23 @@ def test_a_resumed_run_is_the_unbroken_run(tmp_path, shards, teacher, mask_polic
         assert all(torch.equal(moments[name], states[1][index][name]) for name in moments)
 
 
+def test_a_run_that_an_earlier_version_began_goes_on(tmp_path, shards):
+    """Its record lacks a setting that came later; what stood for it then is what it is compared with."""
+    settings = {"data": {"train": {"path": "parquet", "data_files": shards}}, "training": {"save_strategy": "steps"}}
+    settings["training"]["save_steps"] = 2
+    out = train(tmp_path / "run", **settings)
+    record = json.loads((out / "run.json").read_text())
+    del record["augmentation"]["decoder"]
+    (out / "run.json").write_text(json.dumps(record))
+    shutil.rmtree(out / "checkpoint-4")
+    train(tmp_path / "run", **settings)
+    (out / "run.json").write_text(json.dumps(record))
+    shutil.rmtree(out / "checkpoint-4")
+    settings["data"]["decoder"] = "simplejpeg"
+    with pytest.raises(ValueError, match=r"decoder='simplejpeg' \(was 'pil'\)"):
+        train(tmp_path / "run", **settings)
+
+
 def test_a_run_goes_on_from_its_newest_checkpoint_without_decoding_what_it_skips(tmp_path, shards, monkeypatch):
     """Resumed at step 3 of 4, 8 of 32 positions are asked for; a fifth run of a finished one asks for none."""
     asked = []
