@@ -109,6 +109,10 @@ class PatchHierarchy:
         return torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
 
 
+class NonFiniteAffinityError(ValueError):
+    """An affinity holds NaN or infinite values: the weights of the teacher have diverged, or pixels were not finite."""
+
+
 def symmetrize(affinity: Tensor) -> Tensor:
     """`(A + Aᵀ) / 2` of `(B, N, N)`; bitwise symmetric, since addition commutes."""
     return (affinity + affinity.transpose(1, 2)) / 2
@@ -132,7 +136,8 @@ def build_hierarchy(
         The trees. On tie-free affinities every cut equals scipy's `linkage(1 - A, linkage)`.
 
     Raises:
-        ValueError: wrong shape, NaN or infinite values, not symmetric, or an unknown linkage.
+        NonFiniteAffinityError: NaN or infinite values.
+        ValueError: wrong shape, not symmetric, or an unknown linkage.
     """
     _check_arguments(affinity, linkage, grid_size)
     affinity = affinity.detach().to(torch.promote_types(affinity.dtype, torch.float32))
@@ -207,7 +212,9 @@ def _clean_affinity(affinity: Tensor) -> Tensor:
     """The affinity, made symmetric to the last bit if it nearly is; errors on any other one that cannot be merged."""
     off_diagonal = affinity.masked_fill(torch.eye(affinity.shape[1], dtype=torch.bool, device=affinity.device), 0)
     if not bool(off_diagonal.isfinite().all()):
-        raise ValueError("affinity holds NaN or infinite values; look for an overflow in the teacher's attention")
+        raise NonFiniteAffinityError(
+            "affinity holds NaN or infinite values; look for an overflow in the teacher's attention"
+        )
     if bool((off_diagonal.abs() > -LOWEST).any()):
         raise ValueError(f"affinity holds values beyond {-LOWEST:.0e}; scale it")
     if not bool((off_diagonal == off_diagonal.transpose(1, 2)).all()):
@@ -285,4 +292,4 @@ def _merge_order(height: Tensor, merged_in: Tensor) -> Tensor:
     )
 
 
-__all__ = ["PatchHierarchy", "build_hierarchy", "symmetrize"]
+__all__ = ["PatchHierarchy", "NonFiniteAffinityError", "build_hierarchy", "symmetrize"]

@@ -99,7 +99,7 @@ def error_of(tmp_path, monkeypatch, capsys):
         (["training.global_batch_size=9", "training.gradient_accumulation_steps=2"], ["global_batch_size=9", "of 2"]),
         (["training.eval_strategy=no"], ["training.eval_strategy=False", "in quotes"]),
         (["data={probe_train: null}"], ["data.train is missing"]),
-        (["training.resume_from_checkpoint=nowhere"], ["resume_from_checkpoint='nowhere'", "trainer_state.json"]),
+        (["training.resume_from_checkpoint=nowhere"], ["resume_from_checkpoint='nowhere'", "has no whole.json"]),
         (["training.hub_token=hf_secret"], ["training.hub_token", "HF_TOKEN"]),
     ],
     ids=lambda value: " ".join(value)[:60] if value and "=" in value[0] else "",

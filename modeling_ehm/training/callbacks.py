@@ -5,10 +5,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from modeling_ehm.modeling_ehm import EHMModel
+from modeling_ehm.training.mask_log import MaskLog, forget_steps_after
 
 TEACHER_FILE = "ema_teacher.safetensors"
 AVERAGE_FILE = "weight_average.safetensors"
@@ -24,6 +26,24 @@ class ProgressCallback(TrainerCallback):
 def ema_decay_at(step: int, decay: float, warmup_steps: int) -> float:
     """Decay of the moving average at an optimiser step: `1 - 1 / (1 + step / warmup_steps)`, at most `decay`."""
     return decay if warmup_steps == 0 else min(decay, 1 - 1 / (1 + step / warmup_steps))
+
+
+class MaskLogCallback(TrainerCallback):
+    """Begins the log of masks where training begins, and writes it whenever the Trainer logs."""
+
+    def __init__(self, mask_log: MaskLog):
+        self.mask_log = mask_log
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if args.local_process_index == 0:
+            forget_steps_after(args.output_dir, state.global_step)
+        PartialState().wait_for_everyone()
+
+    def on_log(self, args, state, control, **kwargs):
+        self.mask_log.write()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.mask_log.write()
 
 
 class EMATeacherCallback(TrainerCallback):

@@ -516,7 +516,7 @@ class PretrainingImages(SampledExamples):
         num_positions: Length of the sequence that is offered: steps times global batch.
         record: File to which skipped images are appended, one JSON line each; None keeps no record.
 
-    Each example: `pixel_values` `(C, H, W)` uint8, `mask_seed` int.
+    Each example: `pixel_values` `(C, H, W)` uint8, `mask_seed` int, `sample_id` as in `Sample`.
     """
 
     kind, done = "images", "decoded"
@@ -541,7 +541,7 @@ class PretrainingImages(SampledExamples):
     def make_example(self, image: Pixels, key: Sample) -> dict:
         draw = self.draw_crop(size_of(image), key)
         crop = resized_crop(image, draw.box, self.image_size, draw.mirrored)
-        return {"pixel_values": crop, "mask_seed": draw.mask_seed}
+        return {"pixel_values": crop, "mask_seed": draw.mask_seed, "sample_id": key.sample_id}
 
     def draw_crop(self, size: tuple[int, int], key: Sample) -> CropDraw:
         """Box, mirroring and seed of the mask of an image of this size (width, height), by (seed, pass, sample)."""
@@ -577,22 +577,21 @@ class Normalizer:
 
 
 def stack_examples(examples: list[dict]) -> dict[str, Tensor]:
-    """`pixel_values` `(B, C, H, W)` uint8, a quarter of the bytes of floats, and `mask_seed` `(B,)` int64."""
-    return {
-        "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
-        "mask_seed": torch.tensor([example["mask_seed"] for example in examples], dtype=torch.int64),
-    }
+    """`pixel_values` `(B, C, H, W)` uint8, a quarter of the bytes of floats; the numbers of examples `(B,)` int64."""
+    numbers = [name for name in examples[0] if name != "pixel_values"]
+    batch = {name: torch.tensor([example[name] for example in examples], dtype=torch.int64) for name in numbers}
+    return batch | {"pixel_values": torch.stack([example["pixel_values"] for example in examples])}
 
 
 class NormalizingCollator:
-    """As `stack_examples`, normalised to float32: for a plain Trainer; `EHMTrainer` normalises on its device."""
+    """What the model takes, normalised to float32: for a plain Trainer; `EHMTrainer` normalises on its device."""
 
     def __init__(self, image_mean: list[float], image_std: list[float]):
         self.normalize = Normalizer(image_mean, image_std)
 
     def __call__(self, examples: list[dict]) -> dict[str, Tensor]:
         batch = stack_examples(examples)
-        return batch | {"pixel_values": self.normalize(batch["pixel_values"])}
+        return {"pixel_values": self.normalize(batch["pixel_values"]), "mask_seed": batch["mask_seed"]}
 
 
 def load_labelled(

@@ -92,6 +92,18 @@ def read_recipe(path: str | Path, overrides: Sequence[str], schemas: dict[str, S
     return Recipe(task, sections["model"], pretrained, head, data, sections["training"], str(path))
 
 
+def write_recipe(recipe: Recipe, path: str | Path) -> None:
+    """Write a recipe as it is after all overrides; read again, it is the same."""
+    model = recipe.model | ({} if recipe.pretrained is None else {"pretrained": recipe.pretrained})
+    sections = {"task": recipe.task, "model": model, "data": dataclasses.asdict(recipe.data)}
+    if recipe.head is not None:
+        sections["head"] = dataclasses.asdict(recipe.head)
+    sections["training"] = recipe.training
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"# Written by the run, from {recipe.source}.\n" + yaml.safe_dump(sections, sort_keys=False))
+
+
 def _read_yaml(path: Path) -> dict:
     try:
         sections = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -1,16 +1,72 @@
 """`RecordedTrainer`: transformers' Trainer, whose checkpoints are whole, hold no pickle, and tell of their run."""
 
+import json
 import logging
+import math
+import shutil
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from transformers import PreTrainedModel, Trainer
-from transformers.trainer import TRAINING_ARGS_NAME
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
 
 from modeling_ehm.training import hub
+from modeling_ehm.training.checkpoints import (
+    GO_ON,
+    STAGING,
+    CheckpointError,
+    newest_whole,
+    remove_old_checkpoints,
+    seal_checkpoint,
+)
 
 logger = logging.getLogger(__name__)
+
+TORCH_WRITERS = ("PytorchStreamWriter", "inline_container")  # in what torch.save raises on a full disk
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or a gradient is not a number, or infinite."""
+
+
+@dataclass
+class WatchedStep:
+    """What is kept of an optimiser step until it is known to be sound.
+
+    Attributes:
+        losses: Of its batches, on the device.
+        batches: Of each of them what tells it, by name, as `sample_id`; may be empty.
+        grad_norm: Norm of the gradient of all weights.
+    """
+
+    losses: list[Tensor] = field(default_factory=list)
+    batches: list[dict[str, Tensor]] = field(default_factory=list)
+    grad_norm: Tensor | float | None = None
+
+    def is_finite(self) -> bool:
+        return all(math.isfinite(value) for value in (*self.losses, self.grad_norm))
+
+
+class FiniteCallback(TrainerCallback):
+    """Has the trainer look at its steps: at each one on a CPU, else, not to wait for the device, before logs and saves.
+
+    Either way before a checkpoint is written.
+    """
+
+    def __init__(self, trainer: "RecordedTrainer"):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.watched[state.global_step] = self.trainer.current_step
+        self.trainer.current_step = WatchedStep()
+        if args.device.type == "cpu" or control.should_log or control.should_save or control.should_evaluate:
+            self.trainer.check_finite()
 
 
 class RecordedTrainer(Trainer):
@@ -26,6 +82,9 @@ class RecordedTrainer(Trainer):
         self.run = run
         self.failed_pushes: list[str] = []
         self.resume_from: str | None = None
+        self.current_step, self.watched = WatchedStep(), {}  # the latter by number
+        self.add_callback(FiniteCallback(self))
+        self._staging: Path | None = None  # while a checkpoint is written
 
     def announce(self) -> None:
         """Write the run's record and log what is about to happen; on the main process."""
@@ -44,6 +103,44 @@ class RecordedTrainer(Trainer):
         """The model without wrappers."""
         return self.accelerator.unwrap_model(self.model)
 
+    # A loss that is not a number
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.current_step.losses.append(loss.detach())
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        self.current_step.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.current_step.grad_norm
+
+    def check_finite(self) -> None:
+        """Let go of the steps watched so far, if losses and gradients were finite in all of them.
+
+        Raises:
+            NonFiniteError: they were not; what the first such step was trained on is on record then.
+        """
+        for step, watched in self.watched.items():
+            if not watched.is_finite():
+                self._record_non_finite(step, watched)
+        self.watched.clear()
+
+    def _record_non_finite(self, step: int, watched: WatchedStep) -> None:
+        stem = Path(self.args.output_dir) / f"nonfinite-step-{step}-process-{self.args.process_index}"
+        told = {"step": step, "losses": [float(loss) for loss in watched.losses], "grad_norm": float(watched.grad_norm)}
+        stem.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
+        if watched.batches:
+            names = watched.batches[0].keys()
+            batch = {name: torch.cat([one[name] for one in watched.batches]).cpu() for name in names}
+            save_file(batch, stem.with_suffix(".safetensors"), metadata={"format": "pt"})
+        raise NonFiniteError(
+            f"step {step}: loss {told['losses'][-1]}, norm of the gradient {told['grad_norm']}. What it was trained on"
+            f" is in {stem}.*; no checkpoint was written since. Started again as it is, the run would meet it again:"
+            " lower training.base_learning_rate, or set training.max_grad_norm"
+        )
+
+    # Checkpoints
+
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         # Stock models save under the names of older versions, which the Trainer cannot resume from (transformers issue
         # 48805): it loads what it finds by name and leaves the rest at random, with no more than a warning.
@@ -60,6 +157,57 @@ class RecordedTrainer(Trainer):
         (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
         (folder / "training_args.json").write_text(self.args.to_json_string())
         self._write_card(folder)
+
+    def _get_output_dir(self, trial) -> str:
+        return super()._get_output_dir(trial) if self._staging is None else str(self._staging)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As the Trainer does, but aside: the folder gets its name when it is whole, then it is pushed.
+
+        Raises:
+            CheckpointError: the disk is full, or does not take a file.
+        """
+        folder = Path(self._get_output_dir(trial))
+        name = f"checkpoint-{self.state.global_step}"
+        self._staging = folder / STAGING
+        try:
+            if self.is_local_process_zero():
+                shutil.rmtree(self._staging, ignore_errors=True)
+                self._staging.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+            self._rename_best(folder)
+            self.accelerator.wait_for_everyone()  # each process writes the state of its own generators
+            # With a folder of its own on each host, there is one to seal on each.
+            for turn in (self.is_world_process_zero(), self.is_local_process_zero()):
+                if turn and (self._staging / name).exists():
+                    seal_checkpoint(self._staging / name, folder / name)
+                self.accelerator.wait_for_everyone()
+            if self.is_local_process_zero():
+                shutil.rmtree(self._staging, ignore_errors=True)
+        except (OSError, SafetensorError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and not any(name in str(error) for name in TORCH_WRITERS):
+                raise
+            shutil.rmtree(self._staging, ignore_errors=True)
+            last = newest_whole(folder)
+            kept = "there is no earlier one" if last is None else f"{last.name} is whole"
+            raise CheckpointError(
+                f"{name} could not be written to training.output_dir={str(folder)!r}: {error}; {kept}. {GO_ON}"
+            ) from error
+        finally:
+            self._staging = None
+        if self.args.should_save:
+            remove_old_checkpoints(folder, self.args.save_total_limit, self.state.best_model_checkpoint)
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(folder / name))
+
+    def _rename_best(self, folder: Path) -> None:
+        """The Trainer notes the best checkpoint where it is being written; note where it is going to be."""
+        best = self.state.best_model_checkpoint
+        if best is not None and Path(best).parent == self._staging:
+            self.state.best_model_checkpoint = str(folder / Path(best).name)
+            if self.args.should_save:
+                self.state.save_to_json(str(Path(best) / TRAINER_STATE_NAME))
 
     def save_final_model(self) -> None:
         """Save the model that was evaluated last into `output_dir`, without the push that `save_model` may make."""
@@ -80,6 +228,8 @@ class RecordedTrainer(Trainer):
         The Trainer would copy weights and config alone into `output_dir` and push that in the background: a commit
         whose `auto_map` names code that is not there, and whose weights may change while they are read.
         """
+        if self._staging is not None:  # called by the Trainer, too early
+            return
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         try:

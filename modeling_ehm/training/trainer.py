@@ -9,11 +9,13 @@ from accelerate.utils import broadcast_object_list
 from torch.utils.data import DataLoader, Dataset
 
 from modeling_ehm.configuration_ehm import SCHEDULED_POLICIES
+from modeling_ehm.hierarchy_ehm import NonFiniteAffinityError
 from modeling_ehm.modeling_ehm import evaluation_mode
-from modeling_ehm.training.callbacks import EMATeacherCallback, ProgressCallback
+from modeling_ehm.training.callbacks import EMATeacherCallback, MaskLogCallback, ProgressCallback
 from modeling_ehm.training.evaluation import Evaluator
+from modeling_ehm.training.mask_log import MaskLog
 from modeling_ehm.training.metrics import mask_statistics
-from modeling_ehm.training.recorded_trainer import RecordedTrainer
+from modeling_ehm.training.recorded_trainer import RecordedTrainer, WatchedStep
 
 
 class StepClock:
@@ -69,7 +71,10 @@ class EHMTrainer(RecordedTrainer):
         self.ema_teacher = EMATeacherCallback()
         self.add_callback(ProgressCallback())
         self.add_callback(self.ema_teacher)
+        self.mask_log = MaskLog(self.args.output_dir, self.args.process_index)
+        self.add_callback(MaskLogCallback(self.mask_log))
         self._last_mask: torch.Tensor | None = None
+        self._sample_id: torch.Tensor | None = None  # of the batch at hand
 
     def train(self, *args, **kwargs):
         self.clock.restart()
@@ -77,6 +82,7 @@ class EHMTrainer(RecordedTrainer):
 
     def _prepare_inputs(self, inputs: dict) -> dict:
         inputs = super()._prepare_inputs(inputs)
+        self._sample_id = inputs.pop("sample_id", None)
         if self.normalize is None:
             return inputs
         return inputs | {"pixel_values": self._prepare_input(self.normalize(inputs["pixel_values"]))}
@@ -105,8 +111,20 @@ class EHMTrainer(RecordedTrainer):
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        try:
+            loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        except NonFiniteAffinityError:  # the weights have diverged in the step before, whose own loss was a number
+            step = WatchedStep([torch.tensor(float("nan"))], grad_norm=float("nan"))
+            if self._sample_id is not None:
+                step.batches.append({"sample_id": self._sample_id})
+            self._record_non_finite(self.state.global_step + 1, step)
         self._last_mask = outputs.mask
+        if model.training and (mask_seed := inputs.get("mask_seed")) is not None:
+            self.mask_log.add(self.state.global_step + 1, mask_seed, outputs.mask)
+            batch = {"mask_seed": mask_seed, "mask": outputs.mask.to(torch.uint8)}
+            if self._sample_id is not None:
+                batch["sample_id"] = self._sample_id
+            self.current_step.batches.append(batch)
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
@@ -161,6 +179,14 @@ class EHMTrainer(RecordedTrainer):
         return total / len(dataset)
 
     # Checkpoints
+
+    def _record_non_finite(self, step, watched) -> None:
+        self.mask_log.write()
+        super()._record_non_finite(step, watched)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        self.mask_log.write()  # a log cut back to a checkpoint must reach as far as that
+        super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         super()._save(output_dir, state_dict)

@@ -21,11 +21,7 @@ def run(folder: str | Path, recipe: str | Path, *overrides: str) -> dict[str, fl
                     file.write(json.dumps([self.state.global_step, int(seed), digest]) + "\n")
             return super().training_step(model, inputs, *args, **kwargs)
 
-    pretrain.EHMTrainer = RecordingTrainer
-    try:
-        return pretrain.execute(pretrain.prepare(load_recipe(recipe, overrides)))
-    finally:
-        pretrain.EHMTrainer = EHMTrainer
+    return pretrain.execute(pretrain.prepare(load_recipe(recipe, overrides), RecordingTrainer))
 
 
 def samples_of(folder: Path) -> list[list]:

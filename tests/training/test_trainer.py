@@ -30,6 +30,7 @@ from modeling_ehm import EHMConfig, EHMForPreTraining, EHMModel
 from modeling_ehm.training import ProgressCallback
 from modeling_ehm.training.arguments import EHMTrainingArguments
 from modeling_ehm.training.data import NormalizingCollator
+from modeling_ehm.training.mask_log import read_mask_log
 from modeling_ehm.training.tasks import load_recipe, pretrain
 from modeling_ehm.training.trainer import EHMTrainer
 
@@ -106,6 +107,8 @@ def test_a_resumed_run_is_the_unbroken_run(tmp_path, shards, teacher, mask_polic
     assert losses_of(broken) == losses_of(unbroken) and sorted(losses_of(unbroken)) == list(range(1, 9))
     rest = [sample for sample in samples_of(tmp_path / "unbroken") if sample[0] >= 4]
     assert samples_of(tmp_path / "broken") == rest and len(rest) == 32
+    masks = read_mask_log(unbroken)
+    assert read_mask_log(broken) == {step: masks[step] for step in (5, 6, 7, 8)} and len(masks) == 8
     assert_same_tensors(unbroken / "model.safetensors", broken / "model.safetensors")
     if teacher == "ema":
         assert_same_tensors(*(folder / "checkpoint-8" / "ema_teacher.safetensors" for folder in (unbroken, broken)))
@@ -287,6 +290,7 @@ def test_two_processes_train_as_one(one_and_two):
     one, two = one_and_two
     assert samples_of(two) == samples_of(one) and len(samples_of(one)) == 32
     assert len((two / "samples-1.jsonl").read_text().splitlines()) == 16
+    assert read_mask_log(two / "out") == read_mask_log(one / "out") and len(read_mask_log(one / "out")) == 4
     assert (
         losses_of(two / "out") == pytest.approx(losses_of(one / "out"), abs=1e-5) and len(losses_of(one / "out")) == 4
     )

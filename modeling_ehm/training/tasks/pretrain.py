@@ -33,16 +33,17 @@ from modeling_ehm.training.evaluation import (
 )
 from modeling_ehm.training.hub import RunRecord
 from modeling_ehm.training.labelled import check_channels, count_steps, image_processor
-from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
+from modeling_ehm.training.recipes import Recipe, RecipeError, Schema, write_recipe
 from modeling_ehm.training.trainer import EHMTrainer
 
 logger = logging.getLogger(__name__)
 
 SCHEMA = Schema(DataArguments, EHMTrainingArguments)
+RECIPE_FILE = "recipe.yaml"  # in the output folder, as it is after overrides
 MAX_HELD_OUT = 512  # images of the evaluation loss; it is a curve to look at, the probes are the measure
 
 
-def prepare(recipe: Recipe) -> EHMTrainer:
+def prepare(recipe: Recipe, trainer_class: type[EHMTrainer] = EHMTrainer) -> EHMTrainer:
     """Build everything that the recipe names, up to the first step; what a user got wrong is found here."""
     args = EHMTrainingArguments(**recipe.training)
     if args.num_gallery_images > 0:
@@ -72,7 +73,7 @@ def prepare(recipe: Recipe) -> EHMTrainer:
         references=references,
     )
     record.begin(resume_from, args.world_size)
-    trainer = EHMTrainer(
+    trainer = trainer_class(
         model=model,
         args=args,
         train_dataset=images,
@@ -84,6 +85,8 @@ def prepare(recipe: Recipe) -> EHMTrainer:
         run=record,
     )
     trainer.resume_from = resume_from
+    if trainer.is_world_process_zero():
+        write_recipe(recipe, Path(args.output_dir) / RECIPE_FILE)
     return trainer
 
 
@@ -137,7 +140,8 @@ def forget_earlier_run(folder: Path) -> None:
     """Remove what a run that starts afresh would otherwise mix with an earlier one's in the same folder."""
     for snapshot in (folder / "gallery").glob("step-*-progress-*.npz"):
         snapshot.unlink()
-    (folder / "skipped_images.jsonl").unlink(missing_ok=True)
+    for record in (folder / "skipped_images.jsonl", *folder.glob("nonfinite-step-*")):
+        record.unlink(missing_ok=True)
 
 
 def training_images(data: DataArguments, args: EHMTrainingArguments, config: EHMConfig) -> PretrainingImages:
