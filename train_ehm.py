@@ -10,6 +10,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from modeling_ehm.training.checkpoints import GO_ON, CheckpointError
 from modeling_ehm.training.data import UnusableData
+from modeling_ehm.training.push import PushError
 from modeling_ehm.training.recorded_trainer import NonFiniteError
 from modeling_ehm.training.tasks import TASKS, load_recipe
 
@@ -21,12 +22,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="train_ehm.py", description=__doc__)
     parser.add_argument("recipe", help="YAML file with its task and the sections model, head, data and training")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="wins over the file")
+    parser.add_argument("--require-push", action="store_true", help="as training.require_push=true")
     options = parser.parse_args(arguments)
+    overrides = options.overrides + ["training.require_push=true"] * options.require_push
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("httpx2").setLevel(logging.WARNING)
 
     try:  # what can be wrong with a recipe, its files and its data is one line; later errors keep their traceback
-        recipe = load_recipe(options.recipe, options.overrides)
+        recipe = load_recipe(options.recipe, overrides)
         task = TASKS[recipe.task]
         prepared = task.prepare(recipe)
     except (StrictDataclassError, ValueError, OSError, ImportError) as error:
@@ -35,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         task.execute(prepared)
     except UnusableData as error:  # from a worker it comes with that one's traceback before it
         sys.exit(f"error: {' '.join(str(error).split('UnusableData: ')[-1].split())}")
-    except (CheckpointError, NonFiniteError) as error:
+    except (CheckpointError, NonFiniteError, PushError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
     except OSError as error:
         if error.errno not in NO_ROOM:

@@ -268,31 +268,47 @@ print(json.dumps(answers))
 
 
 def test_a_hub_that_is_down_in_between_does_not_end_the_run(tmp_path):
-    """Both pushes in training meet a 503: both are told, checkpoints are whole, and the end brings the final model."""
+    """The first push in training meets a 503 at all its tries: told on the console and in a file; the others pass."""
     with LoopbackHub(tmp_path / "hub", {TOKEN: "alice"}) as hub:
-        refused = hub.fault("POST .*/commit/", status=503, times=2)
+        refused = hub.fault("POST .*/commit/", status=503, times=4)
         done = train(hub, tmp_path / "run", eval_strategy="no")
         out = tmp_path / "run" / "out"
-        assert done.returncode == 0 and refused.hits == 2, done.stderr
-        assert done.stderr.count(f"push to {REPO} failed") == 2 and "503" in done.stderr
+        assert done.returncode == 0 and refused.hits == 4, done.stderr
+        assert f"push of step 1 to {REPO} failed" in done.stderr and "503" in done.stderr
+        told = [json.loads(line) for line in (out / "failed_pushes.jsonl").read_text().splitlines()]
+        assert [line["what"] for line in told] == ["step 1"] and "503" in told[0]["error"]
         for step in (1, 2):
             assert_complete(out / f"checkpoint-{step}", step)
+        summaries = [commit.summary for commit in hub.commits(REPO)[1:]]
+        assert summaries[0] == "Training in progress, step 2" and len(summaries) == 2
         assert hub.read(REPO, "model.safetensors") == (out / "model.safetensors").read_bytes()
         assert TOKEN.encode() not in text_of_everything(hub, SimpleNamespace(folder=tmp_path / "run", done=done))
         assert hub.leaks() == []
 
 
-def test_a_hub_that_stays_down_costs_nothing_but_the_push(tmp_path):
-    """Model, figures and table are there all the same; the run fails at its very end, with the Hub's answer."""
+@pytest.mark.parametrize(("state", "required"), [("gone", True), ("refuses", False), ("hangs", False)])
+def test_a_hub_that_stays_away_costs_nothing_but_the_push(tmp_path, state, required):
+    """Gone from the start, refusing all, or hanging at each upload: all is there, told, and an exit code on request."""
+    settings = {"hub_strategy": "end"} if state != "hangs" else {"push_timeout": 6}
+    settings |= {"require_push": True} if required else {}
     with LoopbackHub(tmp_path / "hub", {TOKEN: "alice"}) as hub:
-        hub.fault("POST .*/commit/", status=503, times=-1)
-        done = train(hub, tmp_path / "run")
+        if state == "gone":
+            hub.url = "http://127.0.0.1:9"
+        elif state == "refuses":
+            hub.fault("POST .*/commit/", status=507, times=-1)
+        else:
+            hub.fault("PUT /upload/", delay=100, times=-1)
+        done = train(hub, tmp_path / "run", eval_strategy="no", **settings)
         out = tmp_path / "run" / "out"
-        assert_complete(out / "checkpoint-2", 2)
+        for step in (1, 2):
+            assert_complete(out / f"checkpoint-{step}", step)
         assert (out / "model.safetensors").exists() and json.loads((out / "results.json").read_text())["steps"] == 2
-        assert "reference" in done.stdout  # the table
-        assert done.returncode == 1 and "503" in done.stderr and REPO in done.stderr
-        assert all("config.json" not in commit.files for commit in hub.commits(REPO))
+        told = [json.loads(line)["what"] for line in (out / "failed_pushes.jsonl").read_text().splitlines()]
+        assert told == (["step 1", "step 2"] if state == "hangs" else []) + ["the final model"]
+        lines = done.stderr.strip().splitlines()
+        assert done.returncode == int(required) and "Traceback" not in done.stderr, done.stderr
+        way_out = f"push it with: python -m modeling_ehm.training.push {out} {REPO}"
+        assert way_out in done.stderr and (way_out in lines[-1] and lines[-1].startswith("error: ")) == required
 
 
 def assert_complete(checkpoint: Path, step: int) -> None:

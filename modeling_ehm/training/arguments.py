@@ -22,12 +22,16 @@ class ImageTrainingArguments(TrainingArguments):
             transformers offers.
         resume_from_checkpoint: "auto" goes on from the newest checkpoint in `output_dir`, if any; "never" or None
             starts afresh; else a checkpoint folder.
+        require_push: Whether a final push that fails ends the run with an exit code, once all else is written.
+        push_timeout: Seconds after which a push that hangs is given up.
         use_cpu: Where there is no accelerator the CPU is used, whether or not this says so.
     """
 
     base_learning_rate: float | None = field(default=None, metadata={"help": "learning rate for a batch of 256"})
     global_batch_size: int | None = field(default=None, metadata={"help": "images per optimiser step, all processes"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention kernels: sdpa, eager, ..."})
+    require_push: bool = field(default=False, metadata={"help": "fail at the end if the final push fails"})
+    push_timeout: float = field(default=600.0, metadata={"help": "seconds after which a push is given up"})
 
     report_to: None | str | list[str] = None  # TensorBoard where it is installed; "none" switches loggers off
     weight_decay: float = 0.05
@@ -60,6 +64,10 @@ class ImageTrainingArguments(TrainingArguments):
                 f"training.hub_strategy={self.hub_strategy!r} is not supported: end pushes the finished model,"
                 " every_save each checkpoint's model too; optimiser states stay here"
             )
+        if not self.push_timeout > 0:
+            raise ValueError(f"training.push_timeout={self.push_timeout} must be a positive number of seconds")
+        if self.require_push and not self.push_to_hub:
+            raise ValueError("training.require_push=True needs training.push_to_hub=True")
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else the Trainer refuses bf16, which CPUs can do too
         super().__post_init__()

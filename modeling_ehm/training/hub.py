@@ -1,4 +1,4 @@
-"""Model card written from the run, and pushes whose every commit can be loaded."""
+"""What a run says of itself: its record, and the model card written from it."""
 
 import hashlib
 import importlib.metadata
@@ -9,28 +9,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import yaml
-from huggingface_hub import HfApi
 from transformers import TrainerState
 
 from modeling_ehm.configuration_ehm import EHMConfig
 from modeling_ehm.training.data import read_skipped
 
-# What a model directory is: weights, config, code, processor, card. Not optimiser states, logs or other checkpoints;
-# nor training arguments, which tell the folders of the machine: the card tells the recipe.
-PUSHED_FILES = [
-    "model*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "*_ehm.py",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "generation_config.json",
-    "tokenizer*.json",
-    "chat_template.jinja",
-    "README.md",
-    "gallery.png",
-    "curves.png",
-]
 VERSIONED = ("modeling_ehm", "torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors")
 LATER_SETTINGS = {"decoder": "pil"}  # what stood for settings that records of earlier versions do not have
 RESUME_KEYS = ("seed", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
@@ -246,15 +229,3 @@ def _figures(run: RunRecord, state: TrainerState) -> str:
         figures = f"{first:.3f} (step {rows[0]['step']}) | {rows[-1][key]:.3f} (step {rows[-1]['step']})"
         lines.append(f"| {key[5:]} | {reference} | {figures} |")
     return "\n".join(lines)
-
-
-def push_folder(folder: str | Path, repo_id: str, message: str, revision: str | None = None):
-    """Upload a model directory in one commit; the code travels in the same commit as the config that names it."""
-    return HfApi().upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        commit_message=message,
-        revision=revision,
-        allow_patterns=PUSHED_FILES,
-        ignore_patterns=["*/*"],
-    )

@@ -5,6 +5,7 @@ import logging
 import math
 import shutil
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +26,11 @@ from modeling_ehm.training.checkpoints import (
     remove_old_checkpoints,
     seal_checkpoint,
 )
+from modeling_ehm.training.push import PushError, push_folder
 
 logger = logging.getLogger(__name__)
 
+FAILED_PUSHES = "failed_pushes.jsonl"  # in the output folder, one line a push
 TORCH_WRITERS = ("PytorchStreamWriter", "inline_container")  # in what torch.save raises on a full disk
 
 
@@ -80,7 +83,7 @@ class RecordedTrainer(Trainer):
     def __init__(self, *args, run: "hub.RunRecord | None" = None, **kwargs):
         super().__init__(*args, **kwargs)
         self.run = run
-        self.failed_pushes: list[str] = []
+        self.failed_pushes: list[str] = []  # what, and why
         self.resume_from: str | None = None
         self.current_step, self.watched = WatchedStep(), {}  # the latter by number
         self.add_callback(FiniteCallback(self))
@@ -222,6 +225,12 @@ class RecordedTrainer(Trainer):
         if self.is_world_process_zero():
             self._write_card(Path(self.args.output_dir))
 
+    # Pushes
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Nothing but the name: the first push makes the repository, so that a Hub that is down stops no training."""
+        self.hub_model_id = self.args.hub_model_id or Path(self.args.output_dir).absolute().name
+
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Push weights, config, code, processor and card from the finished checkpoint folder, and wait for it.
 
@@ -233,17 +242,56 @@ class RecordedTrainer(Trainer):
         if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
             return
         try:
-            message = f"Training in progress, step {self.state.global_step}"
-            hub.push_folder(checkpoint_folder, self.hub_model_id, message, self.args.hub_revision)
-        except Exception as error:  # a Hub that is down must not end a training
-            self.failed_pushes.append(f"step {self.state.global_step}: {type(error).__name__}: {error}")
-            logger.warning("push to %s failed and will be tried again at the next save: %s", self.hub_model_id, error)
+            self._push(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
+        except PushError as error:
+            self._note_failed_push(f"step {self.state.global_step}", error)
 
-    def push_to_hub(self, commit_message: str = "End of training", **kwargs):
-        """Save the final model into `output_dir` and push it; raises if the Hub refuses."""
+    def _push(self, folder: str, message: str) -> str:
+        args = self.args
+        self.hub_model_id, commit = push_folder(
+            folder, self.hub_model_id, message, args.hub_revision, args.hub_private_repo, args.push_timeout
+        )
+        return commit
+
+    def _note_failed_push(self, what: str, error: PushError) -> None:
+        self.failed_pushes.append(f"{what}: {error}")
+        logger.warning("push of %s to %s failed: %s", what, self.hub_model_id, error)
+        line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "what": what, "error": str(error)}
+        with open(Path(self.args.output_dir) / FAILED_PUSHES, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def push_to_hub(self, commit_message: str = "End of training", **kwargs) -> str | None:
+        """Save the final model into `output_dir` and push it; returns the commit.
+
+        Raises:
+            PushError: the Hub refuses, cannot be reached, or takes longer than `push_timeout`.
+        """
         self.save_final_model()
         if not self.is_world_process_zero():
             return None
         if self.hub_model_id is None:
             self.init_hf_repo()
-        return hub.push_folder(self.args.output_dir, self.hub_model_id, commit_message, self.args.hub_revision)
+        return self._push(self.args.output_dir, commit_message)
+
+    def finish_pushes(self) -> None:
+        """Push the final model if the recipe says so, and tell of all pushes that failed.
+
+        Raises:
+            PushError: the final push failed, and `require_push` is set.
+        """
+        if not self.args.push_to_hub:
+            return
+        final = None
+        try:
+            self.push_to_hub()
+        except PushError as error:
+            final = error
+            self._note_failed_push("the final model", error)
+        for failure in self.failed_pushes:
+            logger.warning("a push failed: %s", failure)
+        if final is not None:
+            folder, repo = self.args.output_dir, self.hub_model_id
+            way_out = f"push it with: python -m modeling_ehm.training.push {folder} {repo}"
+            logger.warning("the final model is in %s and not on the Hub; %s", folder, way_out)
+            if self.args.require_push:
+                raise PushError(f"the final model was not pushed to {repo}: {final}; {way_out}") from final

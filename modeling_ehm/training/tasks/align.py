@@ -732,10 +732,7 @@ def execute(trainer: AlignmentTrainer) -> dict[str, float]:
         report_records(Path(args.output_dir))
         steps = {"steps": trainer.state.global_step, "seconds": trained.metrics["train_runtime"]}
         finetuning.report(trainer.run, figures, steps)
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    for failure in trainer.failed_pushes:
-        logger.warning("a push failed during training: %s", failure)
+    trainer.finish_pushes()
     return figures
 
 

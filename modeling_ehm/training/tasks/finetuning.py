@@ -106,7 +106,6 @@ def refuse_options(recipe: Recipe, names: tuple[str, ...]) -> None:
 
 def execute(trainer: TaskTrainer) -> dict[str, float]:
     """Train, evaluate, save, push; returns the figures of the last evaluation by name."""
-    args = trainer.args
     trainer.announce()
     trained = trainer.train(resume_from_checkpoint=trainer.resume_from)
     evaluated = trainer.evaluate()
@@ -115,10 +114,7 @@ def execute(trainer: TaskTrainer) -> dict[str, float]:
     trainer.save_state()
     if trainer.is_world_process_zero():
         report(trainer.run, figures, {"steps": trainer.state.global_step, "seconds": trained.metrics["train_runtime"]})
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    for failure in trainer.failed_pushes:
-        logger.warning("a push failed during training: %s", failure)
+    trainer.finish_pushes()
     return figures
 
 

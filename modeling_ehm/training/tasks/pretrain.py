@@ -92,17 +92,13 @@ def prepare(recipe: Recipe, trainer_class: type[EHMTrainer] = EHMTrainer) -> EHM
 
 def execute(trainer: EHMTrainer) -> dict[str, float]:
     """Train, evaluate, save, push; returns the last evaluation's figures."""
-    args = trainer.args
     trainer.announce()
     try:
         trainer.train(resume_from_checkpoint=trainer.resume_from)
     finally:
         trainer.train_dataset.close()
     figures = finish(trainer, trainer.run)
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    for failure in trainer.failed_pushes:
-        logger.warning("a push failed during training: %s", failure)
+    trainer.finish_pushes()
     return figures
 
 
