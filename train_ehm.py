@@ -1,21 +1,14 @@
 """Train with EHM: `accelerate launch train_ehm.py RECIPE.yaml [section.key=value ...]`, or plain `python`."""
 
 import argparse
-import errno
 import logging
 import sys
 
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 
-from modeling_ehm.training.checkpoints import GO_ON, CheckpointError
-from modeling_ehm.training.data import UnusableData
-from modeling_ehm.training.push import PushError
-from modeling_ehm.training.recorded_trainer import NonFiniteError
+from modeling_ehm.training.failures import told_in_one_line
 from modeling_ehm.training.tasks import TASKS, load_recipe
-
-# What a full disk or one that cannot be written to answers.
-NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -36,14 +29,10 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"error: {' '.join(str(error).split())}")
     try:
         task.execute(prepared)
-    except UnusableData as error:  # from a worker it comes with that one's traceback before it
-        sys.exit(f"error: {' '.join(str(error).split('UnusableData: ')[-1].split())}")
-    except (CheckpointError, NonFiniteError, PushError) as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
-    except OSError as error:
-        if error.errno not in NO_ROOM:
+    except Exception as error:
+        if (told := told_in_one_line(error)) is None:
             raise
-        sys.exit(f"error: {error}. {GO_ON} from the newest whole checkpoint")
+        sys.exit(f"error: {told}")
     leave_together()
 
 
