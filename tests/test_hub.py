@@ -311,6 +311,34 @@ def test_a_hub_that_stays_away_costs_nothing_but_the_push(tmp_path, state, requi
         assert way_out in done.stderr and (way_out in lines[-1] and lines[-1].startswith("error: ")) == required
 
 
+def test_a_streamed_dataset_that_breaks_off_is_read_on(tmp_path):
+    """Reads that are refused, cut or slow, which the client tries again: the losses of a stream without disturbance."""
+    folder = tmp_path / "dataset" / "data"
+    folder.mkdir(parents=True)
+    for shard in range(2):
+        encoded = [encode(picture(10 * shard + number, 200, 150)) for number in range(9)]
+        write_parquet(folder / f"train-0000{shard}-of-00002.parquet", encoded)
+    upload = "from huggingface_hub import HfApi; api = HfApi(); api.create_repo('alice/data', repo_type='dataset');"
+    upload += f"api.upload_folder(repo_id='alice/data', repo_type='dataset', folder_path={str(folder.parent)!r})"
+    losses = {}
+    for name in ("whole", "broken"):
+        with LoopbackHub(tmp_path / f"hub-{name}", {TOKEN: "alice"}) as hub:
+            assert client(hub, tmp_path / f"upload-{name}", "-c", upload).returncode == 0
+            if name == "broken":
+                struck = [hub.fault("GET /storage/", status=500, times=2, skip=2)]
+                struck.append(hub.fault("GET /storage/", cut_download=2000, rst=True, skip=3))
+                struck.append(hub.fault("GET /storage/", delay=3, skip=1))
+            (tmp_path / name).mkdir()
+            data = {"train": {"path": "alice/data", "streaming": True}, "shuffle_window": 4}
+            recipe = write_recipe(tmp_path / name / "recipe.yaml", data=data, training={"max_steps": 6})
+            done = client(hub, tmp_path / name, ROOT / "train_ehm.py", recipe)
+            assert done.returncode == 0, done.stderr
+            assert hub.leaks() == []
+        losses[name] = [row["loss"] for row in log_of(tmp_path / name / "out") if "loss" in row]
+    assert [fault.hits for fault in struck] == [2, 1, 1]
+    assert losses["broken"] == losses["whole"] and len(losses["whole"]) == 6
+
+
 def assert_complete(checkpoint: Path, step: int) -> None:
     names = {path.name for path in checkpoint.iterdir()}
     assert {

@@ -10,8 +10,10 @@ batches over processes and workers, and skips to any step on resume without deco
 """
 
 import json
+import logging
 import os
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,15 +24,19 @@ from datasets import Dataset, Image, IterableDataset, load_dataset
 from PIL import Image as PILImage
 from torch import Tensor
 
+from modeling_ehm.training import decoding
 from modeling_ehm.training.decoding import (
     DECODERS,
     Pixels,
     check_decoder,
     decode_image,
+    is_of_network,
     resized_crop,
     size_of,
     to_uint8_tensor,
 )
+
+logger = logging.getLogger(__name__)
 
 # Streams of randomness under one seed.
 ORDER_STREAM, SAMPLE_STREAM = 0, 1
@@ -177,12 +183,13 @@ class Sample:
     """One row in the sequence: its pass over the data, its identity in the source, and its columns.
 
     `sample_id` is the row, and in streams `shard << 40 | row in the shard`. `columns["image"]` is an image still
-    encoded, `{"bytes", "path"}`, or None.
+    encoded, `{"bytes", "path"}`, or None. `error` is what ended the reading of a shard, of the row after its last.
     """
 
     pass_index: int
     sample_id: int
     columns: dict
+    error: str | None = None
 
     @property
     def place(self) -> dict:
@@ -278,17 +285,50 @@ class StreamedSamples:
         """Runs of `window` samples in the order of this pass's shards."""
         chunk: list[Sample] = []
         for shard in keyed_order(self.seed, pass_index, 0, self.dataset.num_shards):
-            for row, columns in enumerate(self._rows(int(shard))):
-                chunk.append(Sample(pass_index, (int(shard) << 40) | row, columns))
+            for row, (columns, error) in enumerate(self._rows(int(shard))):
+                chunk.append(Sample(pass_index, (int(shard) << 40) | row, columns, error))
                 if len(chunk) == self.window:
                     yield chunk
                     chunk = []
         if chunk:
             yield chunk
 
-    def _rows(self, shard: int) -> Iterator[dict]:
-        """Rows of one shard. `.iter` rather than `__iter__`, which would drop rows in DataLoader workers."""
-        for batch in self.dataset.shard(self.dataset.num_shards, shard).iter(batch_size=READ_AHEAD):
+    def _rows(self, shard: int) -> Iterator[tuple[dict, str | None]]:
+        """Rows of one shard, each with None; if the file itself is broken, last an empty row with the error.
+
+        What the network breaks off is read again from there: all workers must see the same rows, so that an outage may
+        end the run but never shorten a shard.
+
+        Raises:
+            UnusableData: a shard cannot be read, however often it is tried.
+        """
+        given = tries = 0
+        while True:
+            try:
+                for columns in self._rows_after(shard, given):
+                    yield columns, None
+                    given, tries = given + 1, 0
+                return
+            except Exception as error:
+                if not is_of_network(error):
+                    yield {"image": None}, f"the rest of the shard cannot be read: {type(error).__name__}: {error}"
+                    return
+                if tries == len(decoding.READ_PAUSES):
+                    raise UnusableData(
+                        f"shard {shard} of data.train cannot be read on after row {given}: {type(error).__name__}:"
+                        f" {error}. Started again, the run goes on from its newest checkpoint"
+                    ) from error
+                logger.warning(
+                    "shard %d broke off after row %d (%s: %s); reading on in %g s",
+                    *(shard, given, type(error).__name__, error, decoding.READ_PAUSES[tries]),
+                )
+                time.sleep(decoding.READ_PAUSES[tries])
+                tries += 1
+
+    def _rows_after(self, shard: int, given: int) -> Iterator[dict]:
+        """Rows of one shard but the first ones. `.iter`, since `__iter__` would drop rows in DataLoader workers."""
+        dataset = self.dataset.shard(self.dataset.num_shards, shard)
+        for batch in (dataset.skip(given) if given else dataset).iter(batch_size=READ_AHEAD):
             for values in zip(*batch.values(), strict=True):
                 yield dict(zip(batch, values, strict=True))
 
@@ -403,6 +443,10 @@ class UnusableData(RuntimeError):
     """Too few of the rows can be used to go on."""
 
 
+class UnreadableShard(RuntimeError):
+    """The file of a shard is broken; stands in the record for the rows that it may have held."""
+
+
 class SampledExamples(torch.utils.data.Dataset):
     """Training examples by position, from rows some of which may be unusable: those are recorded and replaced.
 
@@ -455,6 +499,8 @@ class SampledExamples(torch.utils.data.Dataset):
             assigned = assigned or sample
             self.tried += 1
             try:
+                if sample.error is not None:
+                    raise UnreadableShard(sample.error)
                 content = self.read(sample, assigned)
             except Exception as error:  # Pillow raises nearly every type on broken files
                 self._skip(position, sample, error)

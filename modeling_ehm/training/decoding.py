@@ -3,6 +3,7 @@
 import contextlib
 import importlib.util
 import io
+import time
 import warnings
 
 import fsspec
@@ -14,6 +15,7 @@ from torch import Tensor
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF")  # multi-picture JPEGs open as JPEG
+READ_PAUSES = (1, 5, 30)  # seconds before what the network has broken off is read again
 ORIENTATION = 0x0112  # of EXIF; 1 is upright
 Pixels = PILImage.Image | np.ndarray  # an array is (H, W, 3) uint8
 
@@ -49,8 +51,27 @@ def content_of(encoded: dict | None) -> bytes:
         raise ValueError("the row holds no image")
     if encoded["bytes"] is not None:
         return encoded["bytes"]
-    with fsspec.open(encoded["path"], "rb") as file:  # also inside archives and behind URLs
-        return file.read()
+    return read_path(encoded["path"])
+
+
+def read_path(path: str) -> bytes:
+    """Content of a file, also inside archives and behind URLs, where a read that fails is tried again."""
+    for pause in (*READ_PAUSES, None):
+        try:
+            with fsspec.open(path, "rb") as file:
+                return file.read()
+        except Exception as error:
+            may_pass = "://" in path and is_of_network(error) and not isinstance(error, FileNotFoundError)
+            if pause is None or not may_pass:
+                raise
+            time.sleep(pause)
+    raise AssertionError("the last try returns or raises")
+
+
+def is_of_network(error: Exception) -> bool:
+    """Whether an error may be gone when the same is read again, unlike one of a file's content."""
+    from_client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "aiohttp", "requests")
+    return isinstance(error, OSError) or from_client
 
 
 def open_image(content: bytes, max_pixels: int) -> PILImage.Image:

@@ -6,6 +6,7 @@ import math
 import random
 import tarfile
 import zipfile
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -17,6 +18,7 @@ from PIL import Image as PILImage
 from tiny_recipes import encode, picture, write_parquet, write_shards
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
+from modeling_ehm.training import decoding
 from modeling_ehm.training.data import (
     DataArguments,
     ImageSource,
@@ -25,6 +27,7 @@ from modeling_ehm.training.data import (
     NormalizingCollator,
     PretrainingImages,
     StreamedSamples,
+    UnusableData,
     describe_source,
     load_labelled,
     open_samples,
@@ -449,6 +452,87 @@ def test_one_broken_image_never_stops_a_streamed_run(tmp_path, row):
     path = write_parquet(tmp_path / "rows.parquet", rows)
     images = images_of(ImageSource("parquet", data_files=path, streaming=True), count=5, passes=4)
     assert {number_of(images[position]) for position in range(20)} == set(range(5)) - {row}
+
+
+# Streams that break off
+
+
+class Breaking:
+    """Stands for a stream's shard: raises such errors at such rows, each once or for ever."""
+
+    def __init__(self, count, faults):
+        self.count, self.faults, self.given = count, faults, 0
+
+    num_shards = 1
+
+    def shard(self, *_):
+        return self
+
+    def skip(self, count):
+        left = Breaking(self.count, self.faults)
+        left.given = count
+        return left
+
+    def iter(self, batch_size):
+        for row in range(self.given, self.count):
+            if self.faults.get(row, [None])[0] is not None:
+                raise self.faults[row].pop(0)
+            yield {"image": [{"bytes": encode(picture(row)), "path": None}]}
+
+
+@pytest.fixture
+def no_pauses(monkeypatch):
+    monkeypatch.setattr(decoding, "READ_PAUSES", (0, 0, 0))
+
+
+def test_a_stream_that_breaks_off_is_read_on(no_pauses, caplog):
+    """Twice at one row and once at another: the rows are those of a stream that did not break, and it is told."""
+    faults = {3: [OSError("reset"), TimeoutError("slow"), None], 6: [ConnectionError("503"), None]}
+    with caplog.at_level("WARNING"):
+        broken = images_of(StreamedSamples(Breaking(9, faults), seed=0, window=4), count=9)
+        whole = images_of(StreamedSamples(Breaking(9, {}), seed=0, window=4), count=9)
+        assert [as_key(broken[n]) for n in range(27)] == [as_key(whole[n]) for n in range(27)]
+    assert "shard 0 broke off after row 3 (OSError: reset); reading on in 0 s" in caplog.text
+
+
+def test_a_stream_that_stays_away_ends_the_run(no_pauses):
+    """An outage never shortens a shard, since other workers may see it whole."""
+    samples = StreamedSamples(Breaking(9, {5: [OSError("gone")] * 9}), seed=0, window=4)
+    with pytest.raises(
+        UnusableData, match=r"shard 0 of data.train cannot be read on after row 5: OSError: gone\. Start"
+    ):
+        [images_of(samples, count=9)[n] for n in range(9)]
+
+
+def test_a_file_behind_a_url_is_read_again(no_pauses, monkeypatch):
+    """What the network breaks is tried four times; what is not there is not asked for again."""
+    asked = []
+
+    def open_broken(path, mode):
+        asked.append(path)
+        raise FileNotFoundError("404") if "gone" in path else OSError("503")
+
+    monkeypatch.setattr(decoding.fsspec, "open", open_broken)
+    for path, tries in (("http://a/b.png", 4), ("http://a/gone.png", 1), ("b.png", 1)):
+        asked.clear()
+        with pytest.raises(OSError):
+            decoding.read_path(path)
+        assert asked == [path] * tries
+
+
+def test_what_is_broken_of_a_shard_is_one_row_of_the_record(tmp_path):
+    """Of three files one is cut in the middle and cannot be opened: all other pictures are seen in each pass."""
+    shards = write_shards(tmp_path, [[encode(picture(10 * s + n)) for n in range(5)] for s in range(3)])
+    content = Path(shards[1]).read_bytes()
+    Path(shards[1]).write_bytes(content[: len(content) // 2])
+    source = ImageSource("parquet", data_files=shards, streaming=True)
+    images = images_of(source, count=11, record=tmp_path / "record.jsonl")
+    for start in (0, 11):
+        seen = sorted(number_of(images[start + n]) for n in range(11))
+        assert set(seen) == {0, 1, 2, 3, 4, 20, 21, 22, 23, 24} and len(seen) == 11  # one stands for what is broken
+    lines = read_skipped(tmp_path / "record.jsonl")
+    assert [(line["pass"], line["shard"], line["row"]) for line in lines] == [(0, 1, 0), (1, 1, 0)]
+    assert "the rest of the shard cannot be read: " in lines[0]["error"]
 
 
 def test_too_many_broken_images_stop_the_run(tmp_path):
