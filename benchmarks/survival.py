@@ -222,7 +222,7 @@ def survive(setup: Setup, files: list[str], folder: Path, kills: int, seed: int)
     rng, met = random.Random(seed), Counter()
     unbroken = write_recipe(folder / "unbroken", setup, files)
     if start(unbroken, setup).wait() != 0:
-        raise RuntimeError(f"{setup}: the undisturbed run failed; see {unbroken.with_name('log.txt')}")
+        raise RuntimeError(f"{setup}: the undisturbed run failed:\n{end_of_log(unbroken)}")
     recipe, starts = write_recipe(folder / "killed", setup, files), 0
     out = recipe.parent / "out"
     while met.total() < kills:
@@ -232,7 +232,7 @@ def survive(setup: Setup, files: list[str], folder: Path, kills: int, seed: int)
         else:
             met[moment] += 1
     if start(recipe, setup).wait() != 0:
-        raise RuntimeError(f"{setup}: the run failed after {kills} kills; see {recipe.with_name('log.txt')}")
+        raise RuntimeError(f"{setup}: the run failed after {kills} kills:\n{end_of_log(recipe)}")
     expected, found = fingerprint(unbroken.parent / "out"), fingerprint(out)
     differing = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
     skipped = [
@@ -248,6 +248,10 @@ def survive(setup: Setup, files: list[str], folder: Path, kills: int, seed: int)
         "compared": len(expected),
         "differing": differing,
     }
+
+
+def end_of_log(recipe: Path) -> str:
+    return recipe.with_name("log.txt").read_text()[-6000:]
 
 
 def as_markdown(rows: list[dict]) -> str:
