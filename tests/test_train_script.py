@@ -95,7 +95,10 @@ def error_of(tmp_path, monkeypatch, capsys):
         (["data.probe_train.label_column=lable"], ["no column 'lable'", "label"]),
         (["data.train={path: parquet, data_files: nothing.parquet}"], ["nothing.parquet"]),
         (["data.train.image_column=null"], ["['image', 'segments']", "image_column"]),
-        (["data.train.streaming=true", "training.max_steps=-1"], ["training.max_steps must be set", "stream"]),
+        (
+            ["data.train.streaming=true", "training.max_steps=-1"],
+            ["training.max_steps or training.num_samples must be set", "stream"],
+        ),
         (["training.global_batch_size=9", "training.gradient_accumulation_steps=2"], ["global_batch_size=9", "of 2"]),
         (["training.eval_strategy=no"], ["training.eval_strategy=False", "in quotes"]),
         (["data={probe_train: null}"], ["data.train is missing"]),

@@ -18,6 +18,8 @@ class ImageTrainingArguments(TrainingArguments):
         base_learning_rate: Rate for a batch of 256; sets `learning_rate`. None leaves `learning_rate` alone.
         global_batch_size: Images per optimiser step over all processes; sets `per_device_train_batch_size`, so that a
             recipe means the same on 1 and on 8 processes. None leaves `per_device_train_batch_size` alone.
+        num_samples: Images to train on, each visit counted: sets `max_steps`, also where a stream has no length. None
+            leaves that to `max_steps` or `num_train_epochs`.
         attn_implementation: Attention kernels: "sdpa", "eager" (the faster one for bfloat16 on CPUs), or another that
             transformers offers.
         resume_from_checkpoint: "auto" goes on from the newest checkpoint in `output_dir`, if any; "never" or None
@@ -29,6 +31,7 @@ class ImageTrainingArguments(TrainingArguments):
 
     base_learning_rate: float | None = field(default=None, metadata={"help": "learning rate for a batch of 256"})
     global_batch_size: int | None = field(default=None, metadata={"help": "images per optimiser step, all processes"})
+    num_samples: int | None = field(default=None, metadata={"help": "images to train on; sets max_steps"})
     attn_implementation: str = field(default="sdpa", metadata={"help": "attention kernels: sdpa, eager, ..."})
     require_push: bool = field(default=False, metadata={"help": "fail at the end if the final push fails"})
     push_timeout: float = field(default=600.0, metadata={"help": "seconds after which a push is given up"})
@@ -90,6 +93,17 @@ class ImageTrainingArguments(TrainingArguments):
                     f" multiple of {share}"
                 )
             self.per_device_train_batch_size = self.global_batch_size // share
+        if self.num_samples is not None:
+            if self.max_steps > 0:
+                raise ValueError(
+                    f"training.num_samples={self.num_samples} and training.max_steps={self.max_steps} both say how long"
+                    " to train; give one of them"
+                )
+            if self.num_samples < self.images_per_step:
+                raise ValueError(
+                    f"training.num_samples={self.num_samples} is less than one step of {self.images_per_step} images"
+                )
+            self.max_steps = self.num_samples // self.images_per_step
         if self.base_learning_rate is not None:
             self.learning_rate = self.base_learning_rate * self.images_per_step / 256
 

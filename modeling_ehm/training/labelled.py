@@ -256,7 +256,8 @@ def count_steps(args: ImageTrainingArguments, num_rows: int | None) -> None:
     if args.max_steps <= 0:
         if num_rows is None:
             raise RecipeError(
-                "training.max_steps must be set: a stream has no length from which epochs could be counted"
+                "training.max_steps or training.num_samples must be set: a stream has no length from which epochs could"
+                " be counted"
             )
         args.max_steps = max(1, int(args.num_train_epochs * num_rows) // args.images_per_step)
 

@@ -140,3 +140,14 @@ def test_a_second_shuffling_is_refused(tmp_path):
     message = "training.train_sampling_strategy='random' must stay 'sequential': .* shuffled by"
     with pytest.raises(ValueError, match=message):
         arguments(tmp_path, train_sampling_strategy="random")
+
+
+def test_how_long_to_train_can_be_said_in_samples(tmp_path):
+    """70 images in steps of 16 are 4 whole steps, so that a stream without a length needs no epochs."""
+    assert arguments(tmp_path, num_samples=70, global_batch_size=16).max_steps == 4
+    with pytest.raises(
+        ValueError, match="num_samples=70 and training.max_steps=3 both say how long to train; give one"
+    ):
+        arguments(tmp_path, num_samples=70, global_batch_size=16, max_steps=3)
+    with pytest.raises(ValueError, match="num_samples=7 is less than one step of 16 images"):
+        arguments(tmp_path, num_samples=7, global_batch_size=16)

@@ -466,5 +466,7 @@ def test_epochs_are_counted_over_images(tmp_path, shards):
     assert args.max_steps == 6 and len(images) == 48
     streamed = dataclasses.replace(recipe.data, train=dataclasses.replace(recipe.data.train, streaming=True))
     args = EHMTrainingArguments(**recipe.training)
-    with pytest.raises(ValueError, match="training.max_steps must be set: a stream has no length"):
+    with pytest.raises(
+        ValueError, match="training.max_steps or training.num_samples must be set: a stream has no length"
+    ):
         pretrain.training_images(streamed, args, config)
