@@ -128,16 +128,26 @@ def start(recipe: Path, setup: Setup) -> subprocess.Popen:
 
 
 def kill(process: subprocess.Popen) -> None:
-    """SIGKILL to all processes of the run. Workers of torchrun have sessions of their own, so look for children."""
-    family = descendants(process.pid)
-    for pid in [process.pid, *family]:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    """SIGKILL to all processes of the run. Those of torchrun have sessions of their own, so look for children.
+
+    They are stopped first: one that is being born meanwhile would be overlooked, and go on writing.
+    """
+    family: list[int] = []
+    while (found := [process.pid, *descendants(process.pid)]) != family:
+        family = found
+        send(signal.SIGSTOP, family)
+    send(signal.SIGKILL, family)
     process.wait()
     while any(is_running(pid) for pid in family):
         time.sleep(0.01)
+
+
+def send(number: signal.Signals, pids: list[int]) -> None:
+    for pid in pids:
+        try:
+            os.kill(pid, number)
+        except ProcessLookupError:
+            continue
 
 
 def descendants(pid: int) -> list[int]:

@@ -1,8 +1,11 @@
 """Arguments of training: `transformers.TrainingArguments` with MAE's recipes as defaults, and a few more."""
 
+import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
@@ -73,9 +76,16 @@ class ImageTrainingArguments(TrainingArguments):
             raise ValueError("training.require_push=True needs training.push_to_hub=True")
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else the Trainer refuses bf16, which CPUs can do too
+        if self.use_cpu and "RANK" in os.environ:  # the Trainer would leave ddp_timeout out on CPUs
+            PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
         if self.device.type == "cpu":
             self.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every loader
+            if self.fsdp:  # accelerate would silently train whole copies
+                raise ValueError(
+                    f"training.fsdp={self.fsdp!r}: weights are sharded on accelerators only, and this is a CPU; leave"
+                    " it out"
+                )
         if self.n_gpu > 1:
             raise ValueError(
                 f"one process would drive {self.n_gpu} GPUs, and multiply the batch: start with `accelerate launch`, or"

@@ -35,9 +35,11 @@ class MaskLogCallback(TrainerCallback):
         self.mask_log = mask_log
 
     def on_train_begin(self, args, state, control, **kwargs):
-        if args.local_process_index == 0:
-            forget_steps_after(args.output_dir, state.global_step)
-        PartialState().wait_for_everyone()
+        # The first host before the others, which find nothing left to cut if they share its folder.
+        for turn in (args.process_index == 0, args.local_process_index == 0):
+            if turn:
+                forget_steps_after(args.output_dir, state.global_step)
+            PartialState().wait_for_everyone()
 
     def on_log(self, args, state, control, **kwargs):
         self.mask_log.write()

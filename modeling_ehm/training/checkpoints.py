@@ -4,9 +4,12 @@ A checkpoint is written aside, flushed to the disk, renamed, and last of all mar
 the machine dies, a folder `checkpoint-N` with its mark and all that this lists is whole, and any other is left aside.
 """
 
+import errno
+import fcntl
 import json
 import logging
 import os
+import platform
 import shutil
 from pathlib import Path
 
@@ -24,6 +27,8 @@ logger = logging.getLogger(__name__)
 HEADS = ("decoder", "classifier", "norm")  # of our pre-training, classification and segmentation checkpoints
 STAGING = ".unfinished"  # folder in the output folder in which a checkpoint is written
 MARK = "whole.json"  # sizes of all files of a checkpoint in bytes, by name
+LOCK = ".lock"
+_CLAIMED: dict[Path, int] = {}  # open files of locked folders; a lock ends with its file or its process
 GO_ON = "Make room, or set training.output_dir to another folder, and start again to go on"
 
 
@@ -117,14 +122,45 @@ def remove_old_checkpoints(folder: Path, limit: int | None, best: str | None) ->
             shutil.rmtree(path)
 
 
+def claim_folder(folder: Path) -> None:
+    """Keep other runs out of an output folder for as long as this process lives, however it ends.
+
+    Raises:
+        RecipeError: a run that has not ended uses the folder, as when a kill has left one of its processes.
+    """
+    path = folder / LOCK
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = _CLAIMED.get(path.resolve())
+    if descriptor is None:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            logger.warning("%s cannot be locked (%s): do not start two runs in one folder", path, error)
+            return
+        holder = os.read(descriptor, 200).decode()
+        os.close(descriptor)
+        raise RecipeError(
+            f"training.output_dir={str(folder)!r} is in use by a run that has not ended ({holder}); end it, or choose"
+            " another folder"
+        ) from None
+    _CLAIMED[path.resolve()] = descriptor
+    os.truncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+
+
 def find_checkpoint(args: ImageTrainingArguments) -> str | None:
     """Checkpoint folder to go on from, as `training.resume_from_checkpoint` says; the same one in all processes.
 
     Raises:
-        RecipeError: "never", but there is a checkpoint; a folder that is none, or is not whole; or one that another
-            process does not see.
+        RecipeError: another run uses the output folder; "never", but there is a checkpoint; a folder that is none, or
+            is not whole; or one that another process does not see.
     """
-    chosen = _choose_checkpoint(args) if args.process_index == 0 else None
+    chosen = None
+    if args.process_index == 0:
+        claim_folder(Path(args.output_dir))
+        chosen = _choose_checkpoint(args)
     if args.world_size == 1:
         return chosen
     chosen = broadcast_object_list([chosen])[0]  # a process that looks for itself may see another one

@@ -174,10 +174,10 @@ class RecordedTrainer(Trainer):
         name = f"checkpoint-{self.state.global_step}"
         self._staging = folder / STAGING
         try:
-            if self.is_local_process_zero():
+            if self.is_world_process_zero():  # hosts that share the folder must not clear it for each other
                 shutil.rmtree(self._staging, ignore_errors=True)
-                self._staging.mkdir(parents=True)
             self.accelerator.wait_for_everyone()
+            self._staging.mkdir(parents=True, exist_ok=True)
             super()._save_checkpoint(model, trial)
             self._rename_best(folder)
             self.accelerator.wait_for_everyone()  # each process writes the state of its own generators

@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -276,3 +277,29 @@ def test_a_run_that_replaces_a_later_checkpoint(tmp_path, unbroken):
     assert_same_run(train(tmp_path / "run", resume_from_checkpoint=str(out / "checkpoint-2")), unbroken)
     assert [path.name for path in sorted(out.glob("*checkpoint*"))] == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
     assert not (out / STAGING).exists()
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    """A second run in the folder of one that goes on; once that is killed, it starts."""
+    recipe = write_recipe(tmp_path / "recipe.yaml", training=SAVING | {"max_steps": 1_000_000, "save_steps": 500_000})
+    command = [sys.executable, str(ROOT / "train_ehm.py"), str(recipe)]
+    settings = {"env": child_environment(tmp_path / "home"), "cwd": tmp_path}
+    first = subprocess.Popen(command, **settings, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        while not (tmp_path / "out" / "masks-0.jsonl").exists() and first.poll() is None:
+            time.sleep(0.1)
+        second = subprocess.run(command, **settings, capture_output=True, text=True, timeout=100)
+    finally:
+        first.kill()
+        first.wait()
+    last = second.stderr.strip().splitlines()[-1]
+    assert second.returncode == 1 and "is in use by a run that has not ended" in last
+    assert f"(process {first.pid} on " in last and "Traceback" not in second.stderr
+    third = subprocess.run([*command, "training.max_steps=2"], **settings, capture_output=True, text=True, timeout=100)
+    assert third.returncode == 0, third.stderr
+
+
+def test_one_process_may_use_a_folder_again(tmp_path):
+    checkpoints.claim_folder(tmp_path)
+    checkpoints.claim_folder(tmp_path)
+    assert (tmp_path / checkpoints.LOCK).read_text() == f"process {os.getpid()} on {os.uname().nodename}"
