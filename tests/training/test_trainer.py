@@ -300,6 +300,44 @@ def test_two_processes_train_as_one(one_and_two):
         assert [theirs[name] for name in names] == [ours[name] for name in names]
 
 
+def test_four_processes_with_workers_see_what_one_sees(tmp_path, shards):
+    """8 images a step by one process, or by four with two workers each: the same samples, crops, seeds and masks."""
+    data = {"train": {"path": "parquet", "data_files": shards, "streaming": True}, "shuffle_window": 6}
+    one = train(tmp_path / "one", data=data)
+    (tmp_path / "four").mkdir()
+    recipe = write_recipe(tmp_path / "four" / "recipe.yaml", data=data, training={"dataloader_num_workers": 2})
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    done = launched(tmp_path, *launch, Path(__file__).with_name("recorded_run.py"), tmp_path / "four", recipe)
+    assert done.returncode == 0, done.stderr
+    assert samples_of(tmp_path / "four") == samples_of(tmp_path / "one")
+    assert read_mask_log(tmp_path / "four" / "out") == read_mask_log(one) and len(read_mask_log(one)) == 4
+    assert len(list((tmp_path / "four" / "out").glob("masks-*.jsonl"))) == 4
+
+
+@pytest.mark.parametrize("first", [1, 2])
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path, shards, first):
+    """4 steps by one process and 4 by two, or the other way round: samples and masks of the run by one alone."""
+    settings = {
+        "data": {"train": {"path": "parquet", "data_files": shards, "streaming": True}, "shuffle_window": 6},
+        "training": {"max_steps": 8, "save_strategy": "steps", "save_steps": 4},
+    }
+    whole = train(tmp_path / "whole", **settings)
+    (tmp_path / "parts").mkdir()
+    recipe = write_recipe(tmp_path / "parts" / "recipe.yaml", **settings)
+    script, out = Path(__file__).with_name("recorded_run.py"), tmp_path / "parts" / "out"
+    for processes in (first, 3 - first):
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes == 2 else []
+        done = launched(tmp_path, sys.executable, *launch, script, tmp_path / "parts", recipe)
+        assert done.returncode == 0, done.stderr
+        if (out / "checkpoint-8").exists() and processes == first:
+            shutil.rmtree(out / "checkpoint-8")
+    starts = json.loads((out / "run.json").read_text())["starts"]
+    assert [start["processes"] for start in starts] == [first, 3 - first]
+    assert starts[1]["resumed_from"] == "checkpoint-4"
+    assert read_mask_log(out) == read_mask_log(whole) and len(read_mask_log(whole)) == 8
+    assert losses_of(out) == pytest.approx(losses_of(whole), abs=1e-5)
+
+
 def test_the_evaluation_loss_does_not_depend_on_the_number_of_processes(one_and_two):
     """10 held-out images are no multiple of what two processes take at a time; each counts once all the same."""
     one, two = ([row["eval_loss"] for row in evaluations_of(folder / "out")] for folder in one_and_two)
