@@ -77,7 +77,11 @@ def read_mask_log(folder: str | Path) -> dict[int, tuple[int, str]]:
     """Number of masks and digest of each step, over all processes."""
     steps: dict[int, tuple[int, int]] = {}
     for path in sorted(Path(folder).glob("masks-*.jsonl")):
-        for line in map(json.loads, path.read_text().splitlines()):
+        for text in path.read_text().splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:  # the last one, cut short by a kill or still being written
+                continue
             count, digest = steps.get(line["step"], (0, 0))
             steps[line["step"]] = count + line["masks"], (digest + int(line["digest"], 16)) % 2**64
     return {step: (count, f"{digest:016x}") for step, (count, digest) in sorted(steps.items())}

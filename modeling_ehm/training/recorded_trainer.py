@@ -170,6 +170,7 @@ class RecordedTrainer(Trainer):
         Raises:
             CheckpointError: the disk is full, or does not take a file.
         """
+        self.check_finite()  # also where a save is decided after the step's own look
         folder = Path(self._get_output_dir(trial))
         name = f"checkpoint-{self.state.global_step}"
         self._staging = folder / STAGING
@@ -214,6 +215,7 @@ class RecordedTrainer(Trainer):
 
     def save_final_model(self) -> None:
         """Save the model that was evaluated last into `output_dir`, without the push that `save_model` may make."""
+        self.check_finite()
         self.save_model(_internal_call=True)
 
     def _write_card(self, folder: Path) -> None:

@@ -40,6 +40,7 @@ UNMEASURED = (
     "training.eval_on_start=false",
     "training.num_gallery_images=0",
     "training.push_to_hub=false",
+    "training.require_push=false",
 )
 
 

@@ -85,6 +85,7 @@ def test_a_log_is_cut_back_and_goes_on(tmp_path):
     assert list(whole) == [1, 2, 3] and whole[2] == (6, f"{int(digest_of(seeds + 2, mask)) % 2**64:016x}")
     with open(tmp_path / "masks-1.jsonl", "a") as file:
         file.write('{"step": 4, "mas')
+    assert read_mask_log(tmp_path) == whole
     forget_steps_after(tmp_path, 2)
     assert read_mask_log(tmp_path) == {step: whole[step] for step in (1, 2)}
     logs[0].add(3, seeds + 3, mask)
