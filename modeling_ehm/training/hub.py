@@ -96,7 +96,9 @@ class RunRecord:
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text(json.dumps(self.__dict__, indent=2, default=str) + "\n")
+        being_written = self.path.with_suffix(".tmp")  # a kill must not leave half a record, which no start could read
+        being_written.write_text(json.dumps(self.__dict__, indent=2, default=str) + "\n")
+        being_written.rename(self.path)
 
 
 def sha256_of(path: Path) -> str:
