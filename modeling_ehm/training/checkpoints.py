@@ -189,7 +189,22 @@ def _choose_checkpoint(args: ImageTrainingArguments) -> str | None:
             f"training.resume_from_checkpoint={chosen!r} is not auto, never, or the folder of a whole checkpoint:"
             f" {fault}"
         )
+    if Path(chosen).resolve().parent == folder.resolve():
+        set_aside_after(Path(chosen))
     return chosen
+
+
+def set_aside_after(checkpoint: Path) -> None:
+    """Rename the later checkpoints of the same folder to `abandoned-step-N`.
+
+    Else they would count as newer than those of the run that goes on from here, and be gone back to.
+    """
+    for later in checkpoints_in(checkpoint.parent):
+        if step_of(later) > step_of(checkpoint):
+            aside = later.with_name(f"abandoned-step-{step_of(later)}")
+            shutil.rmtree(aside, ignore_errors=True)
+            later.rename(aside)
+            logger.warning("%s comes after %s and is now %s", later.name, checkpoint.name, aside)
 
 
 def load_encoder(pretrained: str | None, attn_implementation: str, **config_overrides) -> EHMModel:

@@ -279,6 +279,26 @@ def test_a_run_that_replaces_a_later_checkpoint(tmp_path, unbroken):
     assert not (out / STAGING).exists()
 
 
+def test_a_run_sent_back_is_not_taken_for_the_one_it_left(tmp_path, unbroken, monkeypatch):
+    """Sent back to checkpoint-2 with one checkpoint kept, killed after checkpoint-4: "auto" goes on from that one."""
+    out = tmp_path / "run" / "out"
+    shutil.copytree(unbroken, out)
+    on_save = pretrain.EHMTrainer._save_checkpoint
+
+    def killed_after_saving(self, *arguments):
+        on_save(self, *arguments)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pretrain.EHMTrainer, "_save_checkpoint", killed_after_saving)
+        with pytest.raises(Killed):
+            train(tmp_path / "run", resume_from_checkpoint=str(out / "checkpoint-2"), save_total_limit=1)
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert fault_of(out / "checkpoint-4") is None and newest_whole(out).name == "checkpoint-4"
+    assert sorted(path.name for path in out.glob("abandoned-*")) == ["abandoned-step-4", "abandoned-step-6"]
+    assert_same_run(train(tmp_path / "run"), unbroken)
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     """A second run in the folder of one that goes on; once that is killed, it starts."""
     recipe = write_recipe(tmp_path / "recipe.yaml", training=SAVING | {"max_steps": 1_000_000, "save_steps": 500_000})
