@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import time
+import traceback
 import warnings
 
 import fsspec
@@ -71,7 +72,10 @@ def read_path(path: str) -> bytes:
 def is_of_network(error: Exception) -> bool:
     """Whether an error may be gone when the same is read again, unlike one of a file's content."""
     from_client = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "httpcore", "aiohttp", "requests")
-    return isinstance(error, OSError) or from_client
+    # pyarrow calls what it cannot parse an OSError too; one of reading passes through it from the file's own frames.
+    frames = traceback.extract_tb(error.__traceback__)
+    unparsed = type(error) is OSError and error.errno is None and bool(frames) and "pyarrow" in frames[-1].filename
+    return from_client or isinstance(error, OSError) and not unparsed
 
 
 def open_image(content: bytes, max_pixels: int) -> PILImage.Image:

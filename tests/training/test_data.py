@@ -520,11 +520,20 @@ def test_a_file_behind_a_url_is_read_again(no_pauses, monkeypatch):
         assert asked == [path] * tries
 
 
-def test_what_is_broken_of_a_shard_is_one_row_of_the_record(tmp_path):
-    """Of three files one is cut in the middle and cannot be opened: all other pictures are seen in each pass."""
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[: len(content) // 2],
+        lambda content: content[:4] + b"\xff" * 20 + content[24:],
+        lambda content: content[:-60] + b"\xff" * 40 + content[-20:],
+    ],
+    ids=["cut", "page header", "footer"],
+)
+def test_what_is_broken_of_a_shard_is_one_row_of_the_record(tmp_path, damage):
+    """Of three files one cannot be read: all other pictures are seen in each pass."""
     shards = write_shards(tmp_path, [[encode(picture(10 * s + n)) for n in range(5)] for s in range(3)])
     content = Path(shards[1]).read_bytes()
-    Path(shards[1]).write_bytes(content[: len(content) // 2])
+    Path(shards[1]).write_bytes(damage(content))
     source = ImageSource("parquet", data_files=shards, streaming=True)
     images = images_of(source, count=11, record=tmp_path / "record.jsonl")
     for start in (0, 11):
