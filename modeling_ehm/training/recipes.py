@@ -101,7 +101,11 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
     sections["training"] = recipe.training
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"# Written by the run, from {recipe.source}.\n" + yaml.safe_dump(sections, sort_keys=False))
+    being_written = path.with_suffix(".tmp")
+    being_written.write_text(
+        f"# Written by the run, from {recipe.source}.\n" + yaml.safe_dump(sections, sort_keys=False)
+    )
+    being_written.rename(path)
 
 
 def _read_yaml(path: Path) -> dict:

@@ -132,7 +132,7 @@ class RecordedTrainer(Trainer):
         stem = Path(self.args.output_dir) / f"nonfinite-step-{step}-process-{self.args.process_index}"
         told = {"step": step, "losses": [float(loss) for loss in watched.losses], "grad_norm": float(watched.grad_norm)}
         stem.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
-        if watched.batches:
+        if any(watched.batches):
             names = watched.batches[0].keys()
             batch = {name: torch.cat([one[name] for one in watched.batches]).cpu() for name in names}
             save_file(batch, stem.with_suffix(".safetensors"), metadata={"format": "pt"})

@@ -10,6 +10,8 @@ or by another number of processes.
 """
 
 import argparse
+import dataclasses
+import json
 import logging
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from torch import Tensor
 from transformers import PrinterCallback, TrainerCallback
 
 from modeling_ehm.modeling_ehm import evaluation_mode
+from modeling_ehm.training.arguments import EHMTrainingArguments
 from modeling_ehm.training.checkpoints import checkpoints_in, fault_of, step_of
 from modeling_ehm.training.mask_log import digest_of, read_mask_log
 from modeling_ehm.training.recipes import RecipeError
@@ -135,9 +138,7 @@ def replay(run: str | Path, step: int, overrides: list[str] = ()) -> ReplayedSte
     with tempfile.TemporaryDirectory() as folder:
         given = [f"training.output_dir={folder}/replay", *UNMEASURED]
         given.append(f"training.resume_from_checkpoint={before[0] if before else 'auto'}")
-        recipe = load_recipe(run / pretrain.RECIPE_FILE, [])
-        masks_per_image = recipe.model.get("masks_per_image", 1)
-        given.append(f"training.global_batch_size={log[step][0] // masks_per_image}")
+        given.append(f"training.global_batch_size={images_a_step(run)}")
         recipe = load_recipe(run / pretrain.RECIPE_FILE, [*given, *overrides])
         trainer = pretrain.prepare(recipe, ReplayingTrainer)
         trainer.step = step
@@ -160,6 +161,17 @@ def replay(run: str | Path, step: int, overrides: list[str] = ()) -> ReplayedSte
     )
 
 
+def images_a_step(run: Path) -> int:
+    """Images of all processes in an optimiser step of a run."""
+    training = load_recipe(run / pretrain.RECIPE_FILE).training
+    if (images := training.get("global_batch_size")) is not None:
+        return images
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
+    defaults = {field.name: field.default for field in dataclasses.fields(EHMTrainingArguments)}
+    per_device, accumulated = (training.get(name, defaults[name]) for name in names)
+    return per_device * accumulated * json.loads((run / "run.json").read_text())["starts"][-1]["processes"]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m modeling_ehm.training.replay",
@@ -179,7 +191,8 @@ def main(arguments: list[str] | None = None) -> None:
     count, digest = read_mask_log(options.run)[options.step]
     hardest = np.argsort(-np.nan_to_num(replayed.loss, nan=np.inf))[:5]
     times = len(replayed.mask) // len(replayed.sample_id)
-    print(f"step {replayed.step}: {count} masks of {len(replayed.sample_id)} images, digest {replayed.digest()}")
+    images = len(replayed.sample_id)
+    print(f"step {replayed.step}: {len(replayed.mask)} masks of {images} images, digest {replayed.digest()}")
     print(
         "highest losses: "
         + ", ".join(f"sample {replayed.sample_id[i // times]} {replayed.loss[i]:.4g}" for i in hardest)
@@ -187,6 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out is not None:
         np.savez_compressed(options.out, **vars(replayed))
         print(f"wrote {options.out}")
+    if count != len(replayed.mask):
+        sys.exit(f"the run's log has {count} of these masks: lines of a process are missing, which may have died")
     if replayed.digest() != digest:
         sys.exit(f"the run's log has digest {digest}: some masks are not those of the run (see --help)")
     print("equal to the run's log")

@@ -115,8 +115,8 @@ class EHMTrainer(RecordedTrainer):
             loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
         except NonFiniteAffinityError:  # the weights have diverged in the step before, whose own loss was a number
             step = WatchedStep([torch.tensor(float("nan"))], grad_norm=float("nan"))
-            if self._sample_id is not None:
-                step.batches.append({"sample_id": self._sample_id})
+            known = {"sample_id": self._sample_id, "mask_seed": inputs.get("mask_seed")}
+            step.batches.append({name: value for name, value in known.items() if value is not None})
             self._record_non_finite(self.state.global_step + 1, step)
         self._last_mask = outputs.mask
         if model.training and (mask_seed := inputs.get("mask_seed")) is not None:

@@ -142,6 +142,26 @@ def test_masks_that_differ_from_the_log_are_told(finished, tmp_path, capsys):
         replay(tmp_path, 1)
 
 
+@pytest.mark.parametrize(
+    ("training", "masks_per_image"),
+    [({"push_to_hub": False}, 1), ({"global_batch_size": None, "per_device_train_batch_size": 4}, 2)],
+)
+def test_the_batch_is_the_recipes(tmp_path, shards, training, masks_per_image):
+    """Also where a line of the log is missing, as that of a process that died: this is told, the masks are shown."""
+    data = {"train": {"path": "parquet", "data_files": shards}}
+    model = {"masks_per_image": masks_per_image}
+    recipe = write_recipe(tmp_path / "recipe.yaml", model, data, training | {"max_steps": 2})
+    pretrain.execute(pretrain.prepare(load_recipe(recipe)))
+    found = replay(tmp_path / "out", 2)
+    images = training.get("per_device_train_batch_size", 8)
+    assert len(found.sample_id) == images and len(found.mask) == images * masks_per_image
+    assert found.digest() == read_mask_log(tmp_path / "out")[2][1]
+    path = tmp_path / "out" / "masks-0.jsonl"
+    path.write_text(path.read_text().replace(f'"masks": {len(found.mask)}', '"masks": 3'))
+    with pytest.raises(SystemExit, match="the run's log has 3 of these masks: lines of a process are missing"):
+        replay_module.main([str(tmp_path / "out"), "--step", "2"])
+
+
 # A loss that is not a number
 
 
