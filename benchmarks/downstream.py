@@ -35,8 +35,6 @@ from modeling_ehm.training.hub import sha256_of
 
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- tables: written by the command above -->", "<!-- end of tables -->"
-# Overrides of a pre-training recipe that leave out all figures and pictures of its evaluations.
-UNMEASURED = ("data.probe_train=null", "data.probe_test=null", "data.segments=null", 'training.eval_strategy="no"')
 RECIPES = (  # the order of the table
     "classify/tin40",
     "probe/tin40",

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from downstream import ROOT, UNMEASURED, cell, finished_results, machine, run_all, run_one, write_tables
+from downstream import ROOT, cell, finished_results, machine, run_all, run_one, write_tables
 from step import Setting, time_steps
 
 from modeling_ehm.training.arguments import EHMTrainingArguments
@@ -155,7 +155,9 @@ def measure_costs(plan: Plan, rounds: int) -> dict[str, float]:
     shape = StepShape(masks_a_step(recipes[plan.reference]), models[plan.reference].config.image_size)
     seconds = time_steps(models, shape, rounds, setting)
     with tempfile.TemporaryDirectory() as folder:  # preparing a run clears its folder
-        image_seconds = time_images(plan.recipe_of(plan.reference, f"training.output_dir={folder}", *UNMEASURED))
+        image_seconds = time_images(
+            plan.recipe_of(plan.reference, f"training.output_dir={folder}", *pretrain.UNMEASURED)
+        )
     reference = statistics.median(seconds[plan.reference])
     costs = {}
     for name, own in seconds.items():

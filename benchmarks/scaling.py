@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from downstream import ROOT, UNMEASURED, machine, write_tables
+from downstream import ROOT, machine, write_tables
 from step import Shape, layer_flops
+
+from modeling_ehm.training.tasks import pretrain
 
 RECIPE = ROOT / "configs/pretrain/tin64_vit_tiny.yaml"
 LOGGED = ("images_per_second", "data_wait_share", "teacher_share", "tree_share")
@@ -57,7 +59,7 @@ def run(processes: int, images: int, steps: int, overrides: list[str]) -> dict[s
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         arguments = [f"training.max_steps={steps}", f"training.global_batch_size={processes * images}"]
         arguments += [f"training.output_dir={folder}/run", "training.logging_steps=10", 'training.save_strategy="no"']
-        arguments += ["training.disable_tqdm=true", *UNMEASURED, *overrides]
+        arguments += ["training.disable_tqdm=true", *pretrain.UNMEASURED, *overrides]
         command = [sys.executable, *(launch if processes > 1 else []), "train_ehm.py", str(RECIPE), *arguments]
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if ended.returncode != 0:

@@ -56,24 +56,12 @@ class ImageTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.report_to is None:
             self.report_to = ["tensorboard"] if is_tensorboard_available() else []
-        if self.hub_token is not None:
-            raise ValueError(
-                "training.hub_token would be written to files; log in with `hf auth login` or set HF_TOKEN"
-            )
         if self.train_sampling_strategy != "sequential":
             raise ValueError(
                 f"training.train_sampling_strategy={self.train_sampling_strategy!r} must stay 'sequential': the data"
                 " set itself is shuffled by (seed, pass), and a second shuffling would undo exact resuming"
             )
-        if self.hub_strategy not in ("end", "every_save"):
-            raise ValueError(
-                f"training.hub_strategy={self.hub_strategy!r} is not supported: end pushes the finished model,"
-                " every_save each checkpoint's model too; optimiser states stay here"
-            )
-        if not self.push_timeout > 0:
-            raise ValueError(f"training.push_timeout={self.push_timeout} must be a positive number of seconds")
-        if self.require_push and not self.push_to_hub:
-            raise ValueError("training.require_push=True needs training.push_to_hub=True")
+        self._check_pushes()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else the Trainer refuses bf16, which CPUs can do too
         if self.use_cpu and "RANK" in os.environ:  # the Trainer would leave ddp_timeout out on CPUs
@@ -94,6 +82,25 @@ class ImageTrainingArguments(TrainingArguments):
         if self.per_device_train_batch_size < 1:
             size = self.per_device_train_batch_size
             raise ValueError(f"training.per_device_train_batch_size={size} must be at least 1")
+        self._set_batch_and_length()
+
+    def _check_pushes(self) -> None:
+        if self.hub_token is not None:
+            raise ValueError(
+                "training.hub_token would be written to files; log in with `hf auth login` or set HF_TOKEN"
+            )
+        if self.hub_strategy not in ("end", "every_save"):
+            raise ValueError(
+                f"training.hub_strategy={self.hub_strategy!r} is not supported: end pushes the finished model,"
+                " every_save each checkpoint's model too; optimiser states stay here"
+            )
+        if not self.push_timeout > 0:
+            raise ValueError(f"training.push_timeout={self.push_timeout} must be a positive number of seconds")
+        if self.require_push and not self.push_to_hub:
+            raise ValueError("training.require_push=True needs training.push_to_hub=True")
+
+    def _set_batch_and_length(self) -> None:
+        """What follows from `global_batch_size`, `num_samples` and `base_learning_rate`."""
         if self.global_batch_size is not None:
             share = self.world_size * self.gradient_accumulation_steps
             if self.global_batch_size % share or self.global_batch_size < 1:

@@ -1,6 +1,7 @@
 """What was masked at each step, in a line: two runs whose logs are equal trained on the same samples and masks."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -58,30 +59,26 @@ class MaskLog:
 def forget_steps_after(folder: str | Path, step: int) -> None:
     """Cut the logs of all processes back to a step, from which the run goes on."""
     for path in Path(folder).glob("masks-*.jsonl"):
-        lines = path.read_text().splitlines()
-        kept = [line for line in lines if _is_line_until(line, step)]
-        if kept != lines:
+        kept = "".join(json.dumps(line) + "\n" for line in _lines_of(path) if line["step"] <= step)
+        if kept != path.read_text():
             being_written = path.with_suffix(".tmp")
-            being_written.write_text("".join(f"{line}\n" for line in kept))
+            being_written.write_text(kept)
             being_written.rename(path)
 
 
-def _is_line_until(line: str, step: int) -> bool:
-    try:
-        return json.loads(line)["step"] <= step
-    except ValueError:  # cut short by a kill, and so after the last checkpoint
-        return False
+def _lines_of(path: Path) -> Iterator[dict]:
+    for text in path.read_text().splitlines():
+        try:
+            yield json.loads(text)
+        except ValueError:  # the last one, cut short by a kill or still being written
+            continue
 
 
 def read_mask_log(folder: str | Path) -> dict[int, tuple[int, str]]:
     """Number of masks and digest of each step, over all processes."""
     steps: dict[int, tuple[int, int]] = {}
     for path in sorted(Path(folder).glob("masks-*.jsonl")):
-        for text in path.read_text().splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:  # the last one, cut short by a kill or still being written
-                continue
+        for line in _lines_of(path):
             count, digest = steps.get(line["step"], (0, 0))
             steps[line["step"]] = count + line["masks"], (digest + int(line["digest"], 16)) % 2**64
     return {step: (count, f"{digest:016x}") for step, (count, digest) in sorted(steps.items())}

@@ -32,16 +32,11 @@ from modeling_ehm.training.recorded_trainer import NonFiniteError
 from modeling_ehm.training.tasks import load_recipe, pretrain
 from modeling_ehm.training.trainer import EHMTrainer
 
-UNMEASURED = (
-    "data.probe_train=null",
-    "data.probe_test=null",
-    "data.segments=null",
-    'training.eval_strategy="no"',
+LEFT_OUT = (  # of a run that is replayed
+    *pretrain.UNMEASURED,
     'training.save_strategy="no"',
     'training.report_to="none"',
     'training.logging_strategy="no"',
-    "training.eval_on_start=false",
-    "training.num_gallery_images=0",
     "training.push_to_hub=false",
     "training.require_push=false",
 )
@@ -136,7 +131,7 @@ def replay(run: str | Path, step: int, overrides: list[str] = ()) -> ReplayedSte
         raise RecipeError(f"step={step} was not taken by the run in {run}: {known}")
     before = [path for path in checkpoints_in(run) if step_of(path) < step and fault_of(path) is None]
     with tempfile.TemporaryDirectory() as folder:
-        given = [f"training.output_dir={folder}/replay", *UNMEASURED]
+        given = [f"training.output_dir={folder}/replay", *LEFT_OUT]
         given.append(f"training.resume_from_checkpoint={before[0] if before else 'auto'}")
         given.append(f"training.global_batch_size={images_a_step(run)}")
         recipe = load_recipe(run / pretrain.RECIPE_FILE, [*given, *overrides])

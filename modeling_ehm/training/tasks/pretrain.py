@@ -40,6 +40,15 @@ logger = logging.getLogger(__name__)
 
 SCHEMA = Schema(DataArguments, EHMTrainingArguments)
 RECIPE_FILE = "recipe.yaml"  # in the output folder, as it is after overrides
+# Overrides that leave out all figures and pictures of evaluations.
+UNMEASURED = (
+    "data.probe_train=null",
+    "data.probe_test=null",
+    "data.segments=null",
+    'training.eval_strategy="no"',
+    "training.eval_on_start=false",
+    "training.num_gallery_images=0",
+)
 MAX_HELD_OUT = 512  # images of the evaluation loss; it is a curve to look at, the probes are the measure
 
 
