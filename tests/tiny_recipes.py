@@ -3,6 +3,9 @@
 import io
 import json
 import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -100,7 +103,21 @@ def child_environment(home: Path) -> dict[str, str]:
     dropped = ("PYTHON", "HF_", "HUGGING", "TRANSFORMERS_", "ACCELERATE_")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     offline = {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    offline["PYTHONDONTWRITEBYTECODE"] = "1"  # one whose files the system cuts short would leave half a module
     return kept | offline | {"PYTHONPATH": str(ROOT)}
+
+
+def run_script(recipe: Path, *overrides: str, launch: Sequence[str] = (), **options) -> subprocess.CompletedProcess:
+    """train_ehm.py in a fresh process, or several; `launch` are arguments of python, `options` those of subprocess."""
+    return subprocess.run(
+        [sys.executable, *launch, str(ROOT / "train_ehm.py"), str(recipe), *overrides],
+        env=child_environment(recipe.parent / "home"),
+        cwd=recipe.parent,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
 
 
 def write_task_recipe(path: Path, task: str, pretrained: Path | None, data: dict, training=None, **sections) -> Path:

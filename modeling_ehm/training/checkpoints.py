@@ -182,29 +182,29 @@ def _choose_checkpoint(args: ImageTrainingArguments) -> str | None:
             )
         return None
     if chosen == "auto":
-        newest = newest_whole(folder)
-        return None if newest is None else str(newest)
+        if (newest := newest_whole(folder)) is not None:
+            return str(newest)
+        set_aside(checkpoints_in(folder), "the run starts afresh, since none of its checkpoints is whole")
+        return None
     if (fault := fault_of(Path(chosen))) is not None:
         raise RecipeError(
             f"training.resume_from_checkpoint={chosen!r} is not auto, never, or the folder of a whole checkpoint:"
             f" {fault}"
         )
     if Path(chosen).resolve().parent == folder.resolve():
-        set_aside_after(Path(chosen))
+        # They would count as newer than those of the run that goes on from here, and be gone back to.
+        later = [path for path in checkpoints_in(folder) if step_of(path) > step_of(Path(chosen))]
+        set_aside(later, f"the run goes on from {Path(chosen).name}")
     return chosen
 
 
-def set_aside_after(checkpoint: Path) -> None:
-    """Rename the later checkpoints of the same folder to `abandoned-step-N`.
-
-    Else they would count as newer than those of the run that goes on from here, and be gone back to.
-    """
-    for later in checkpoints_in(checkpoint.parent):
-        if step_of(later) > step_of(checkpoint):
-            aside = later.with_name(f"abandoned-step-{step_of(later)}")
-            shutil.rmtree(aside, ignore_errors=True)
-            later.rename(aside)
-            logger.warning("%s comes after %s and is now %s", later.name, checkpoint.name, aside)
+def set_aside(checkpoints: list[Path], reason: str) -> None:
+    """Rename checkpoints to `abandoned-step-N`, so that none is taken for one of the run, nor removed."""
+    for path in checkpoints:
+        aside = path.with_name(f"abandoned-step-{step_of(path)}")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        logger.warning("%s is now %s: %s", path, aside.name, reason)
 
 
 def load_encoder(pretrained: str | None, attn_implementation: str, **config_overrides) -> EHMModel:

@@ -45,7 +45,7 @@ class WatchedStep:
     Attributes:
         losses: Of its batches, on the device.
         batches: Of each of them what tells it, by name, as `sample_id`; may be empty.
-        grad_norm: Norm of the gradient of all weights.
+        grad_norm: Norm of the gradient of all weights; None where float16's scaler deals with infinite ones.
     """
 
     losses: list[Tensor] = field(default_factory=list)
@@ -53,7 +53,7 @@ class WatchedStep:
     grad_norm: Tensor | float | None = None
 
     def is_finite(self) -> bool:
-        return all(math.isfinite(value) for value in (*self.losses, self.grad_norm))
+        return all(math.isfinite(value) for value in (*self.losses, self.grad_norm) if value is not None)
 
 
 class FiniteCallback(TrainerCallback):
@@ -114,8 +114,10 @@ class RecordedTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None):
-        self.current_step.grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self.current_step.grad_norm
+        grad_norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if self.accelerator.scaler is None:
+            self.current_step.grad_norm = grad_norm
+        return grad_norm
 
     def check_finite(self) -> None:
         """Let go of the steps watched so far, if losses and gradients were finite in all of them.
@@ -130,7 +132,8 @@ class RecordedTrainer(Trainer):
 
     def _record_non_finite(self, step: int, watched: WatchedStep) -> None:
         stem = Path(self.args.output_dir) / f"nonfinite-step-{step}-process-{self.args.process_index}"
-        told = {"step": step, "losses": [float(loss) for loss in watched.losses], "grad_norm": float(watched.grad_norm)}
+        grad_norm = None if watched.grad_norm is None else float(watched.grad_norm)
+        told = {"step": step, "losses": [float(loss) for loss in watched.losses], "grad_norm": grad_norm}
         stem.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")
         if any(watched.batches):
             names = watched.batches[0].keys()

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_recipes import ROOT, child_environment, losses_of, write_recipe
+from tiny_recipes import ROOT, child_environment, losses_of, run_script, write_recipe
 
 from modeling_ehm.training import checkpoints
 from modeling_ehm.training.checkpoints import (
@@ -218,16 +218,7 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_stays(tmp_path, unbroken, m
 def test_files_that_the_system_cuts_short(tmp_path, limit):
     """A limit on the size of files meets weights or optimiser: one line, no half checkpoint, exit code 1."""
     recipe = write_recipe(tmp_path / "recipe.yaml", training=SAVING)
-    command = [sys.executable, ROOT / "train_ehm.py", recipe]
-    done = subprocess.run(
-        list(map(str, command)),
-        env=child_environment(tmp_path / "home"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    done = run_script(recipe, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert done.returncode == 1, done.stderr
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("error: checkpoint-2 could not be written to training.output_dir=")
@@ -239,14 +230,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path):
     """A file stands where the output folder should be."""
     (tmp_path / "out").write_text("")
     recipe = write_recipe(tmp_path / "recipe.yaml", training=SAVING)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train_ehm.py"), str(recipe)],
-        env=child_environment(tmp_path / "home"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run_script(recipe)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert str(tmp_path / "out") in done.stderr.strip().splitlines()[-1]
 
@@ -299,6 +283,18 @@ def test_a_run_sent_back_is_not_taken_for_the_one_it_left(tmp_path, unbroken, mo
     assert_same_run(train(tmp_path / "run"), unbroken)
 
 
+def test_a_run_none_of_whose_checkpoints_is_whole_starts_afresh_and_removes_none(tmp_path, unbroken, caplog):
+    """As with those of an earlier version; they are renamed, and it is told."""
+    out = tmp_path / "run" / "out"
+    shutil.copytree(unbroken, out)
+    for mark in out.glob(f"checkpoint-*/{MARK}"):
+        mark.unlink()
+    with caplog.at_level("WARNING"):
+        assert_same_run(train(tmp_path / "run"), unbroken)
+    assert "checkpoint-6 is now abandoned-step-6: the run starts afresh, since none of its" in caplog.text
+    assert len(list(out.glob("abandoned-step-*/model.safetensors"))) == 3 and newest_whole(out).name == "checkpoint-6"
+
+
 def test_a_folder_in_use_is_refused(tmp_path):
     """A second run in the folder of one that goes on; once that is killed, it starts."""
     recipe = write_recipe(tmp_path / "recipe.yaml", training=SAVING | {"max_steps": 1_000_000, "save_steps": 500_000})
@@ -308,14 +304,14 @@ def test_a_folder_in_use_is_refused(tmp_path):
     try:
         while not (tmp_path / "out" / "masks-0.jsonl").exists() and first.poll() is None:
             time.sleep(0.1)
-        second = subprocess.run(command, **settings, capture_output=True, text=True, timeout=100)
+        second = run_script(recipe)
     finally:
         first.kill()
         first.wait()
     last = second.stderr.strip().splitlines()[-1]
     assert second.returncode == 1 and "is in use by a run that has not ended" in last
     assert f"(process {first.pid} on " in last and "Traceback" not in second.stderr
-    third = subprocess.run([*command, "training.max_steps=2"], **settings, capture_output=True, text=True, timeout=100)
+    third = run_script(recipe, "training.max_steps=2")
     assert third.returncode == 0, third.stderr
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from sharded_run import losses_of as sharded_losses
-from tiny_recipes import child_environment, losses_of, write_recipe
+from tiny_recipes import child_environment, losses_of, run_script, write_recipe
 
 from modeling_ehm.training.arguments import EHMTrainingArguments
 from modeling_ehm.training.mask_log import read_mask_log
@@ -56,14 +56,7 @@ def test_two_processes_in_bfloat16(tmp_path):
     (tmp_path / "two").mkdir()
     training = {"max_steps": 6, "bf16": True}
     recipe = write_recipe(tmp_path / "two" / "recipe.yaml", model={"teacher": "ema"}, training=training)
-    done = subprocess.run(
-        [*TWO, str(ROOT / "train_ehm.py"), str(recipe)],
-        env=child_environment(tmp_path / "home"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run_script(recipe, launch=TWO[1:])
     assert done.returncode == 0, done.stderr
     assert losses_of(tmp_path / "two" / "out") == pytest.approx(one, abs=1e-2)
 

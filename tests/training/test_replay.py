@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +9,14 @@ import pytest
 import torch
 from recorded_run import run
 from safetensors.torch import load_file
-from tiny_recipes import PROBES, ROOT, child_environment, encode, picture, write_recipe, write_shards
+from tiny_recipes import PROBES, encode, picture, run_script, write_recipe, write_shards
 
 from modeling_ehm import EHMForPreTraining
 from modeling_ehm.masking_ehm import mask_from_scores, random_scores
 from modeling_ehm.training import replay as replay_module
 from modeling_ehm.training.mask_log import MaskLog, digest_of, forget_steps_after, read_mask_log
 from modeling_ehm.training.recipes import RecipeError
-from modeling_ehm.training.recorded_trainer import NonFiniteError
+from modeling_ehm.training.recorded_trainer import NonFiniteError, WatchedStep
 from modeling_ehm.training.replay import replay
 from modeling_ehm.training.tasks import load_recipe, pretrain
 
@@ -207,18 +205,27 @@ def test_a_run_stops_before_it_saves_what_is_not_a_number(tmp_path, shards, fini
     assert list(read_mask_log(out)) == [1, 2, 3, 4, 5, 6] and (out / "checkpoint-6").exists()
 
 
+def test_infinite_gradients_are_left_to_the_scaler_of_float16(tmp_path, shards, monkeypatch):
+    """It meets some on purpose and skips their steps; losses are looked at all the same."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", data={"train": {"path": "parquet", "data_files": shards}}, training={"max_steps": 6}
+    )
+    poisoned(monkeypatch, 6, "gradient")
+    trainer = pretrain.prepare(load_recipe(recipe))
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    trainer.accelerator.unscale_gradients = lambda *_: None
+    trainer.train()
+    assert trainer.state.global_step == 6 and not list((tmp_path / "out").glob("nonfinite*"))
+    trainer.watched[7] = WatchedStep([torch.tensor(float("inf"))])
+    with pytest.raises(NonFiniteError, match="step 7: loss inf, norm of the gradient None"):
+        trainer.check_finite()
+
+
 def test_it_is_one_line_on_the_console(tmp_path):
     """A learning rate that no network survives."""
     training = {"base_learning_rate": 1.0e30, "max_steps": 20, "save_strategy": "steps", "save_steps": 20}
     recipe = write_recipe(tmp_path / "recipe.yaml", training=training)
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train_ehm.py"), str(recipe)],
-        env=child_environment(tmp_path / "home"),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    done = run_script(recipe)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 1 and last.startswith("error: step ") and "lower training.base_learning_rate" in last
     assert "Traceback" not in done.stderr and not list(Path(tmp_path / "out").glob("checkpoint-*"))
