@@ -10,9 +10,11 @@ no argument.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -51,6 +53,8 @@ def push_folder(
 ) -> tuple[str, str]:
     """Upload a model directory in one commit; the code travels in the same commit as the config that names it.
 
+    If this process dies meanwhile, so does the push: the run started again would meet what it is doing.
+
     Args:
         folder: Must not change meanwhile.
         repo_id: Created if there is none.
@@ -65,13 +69,17 @@ def push_folder(
     Raises:
         PushError: the Hub refused, could not be reached, or took too long.
     """
-    command = [sys.executable, "-P", __file__, str(folder), repo_id, "--message", message]
+    command = [sys.executable, "-P", __file__, str(folder), repo_id, "--message", message, "--end-with-stdin"]
     command += ["--revision", revision] if revision else []
     command += ["--private"] if private else []
+    watched, held = os.pipe()  # nothing is written; it ends with the process that holds its other end
     try:
-        ended = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=seconds)
+        ended = subprocess.run(command, capture_output=True, text=True, stdin=watched, timeout=seconds)
     except subprocess.TimeoutExpired:
         raise PushError(f"the push was not finished after {seconds:g} seconds and was ended") from None
+    finally:
+        os.close(watched)
+        os.close(held)
     if ended.returncode != 0:
         lines = [line for line in ended.stderr.splitlines() if line.strip()]
         raise PushError(lines[-1] if lines else f"the push ended with exit code {ended.returncode}")
@@ -109,6 +117,16 @@ def upload(folder: Path, repo_id: str, message: str, revision: str | None, priva
     raise AssertionError("the last try returns or raises")
 
 
+def end_with_stdin() -> None:
+    """Have this process end, without ado, when its standard input does."""
+
+    def wait() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def describe(error: Exception) -> str:
     """One line, without what signs an address."""
     return f"{type(error).__name__}: " + QUERY.sub("?...", " ".join(str(error).split()))
@@ -121,9 +139,12 @@ def main() -> None:
     parser.add_argument("--message", default="Upload model")
     parser.add_argument("--revision")
     parser.add_argument("--private", action="store_const", const=True)
-    options = parser.parse_args()
+    parser.add_argument("--end-with-stdin", action="store_true", help=argparse.SUPPRESS)  # for push_folder
+    options = vars(parser.parse_args())
+    if options.pop("end_with_stdin"):
+        end_with_stdin()
     try:
-        print(*upload(**vars(options)))
+        print(*upload(**options))
     except Exception as error:  # whatever the client raises, the training is told in one line
         sys.exit(describe(error))
 

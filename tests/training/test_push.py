@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from loopback_hub import LoopbackHub
 
@@ -129,6 +130,25 @@ def test_an_upload_that_hangs_is_ended(hub, pushing):
     assert time.monotonic() - started < 15
     hub.clear_faults()
     assert pushing()[0] == REPO
+
+
+def test_a_push_ends_with_the_run_that_began_it(hub, folder, tmp_path):
+    """The run is killed while an upload hangs: what it began must not commit beside the run that is started again."""
+    hanging = hub.fault("PUT /upload/", delay=30)
+    program = "import sys; from modeling_ehm.training.push import push_folder; push_folder(*sys.argv[1:], 'step 2')"
+    environment = hub.env("hf_alicesecret", tmp_path / "home") | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    run = psutil.Popen([sys.executable, "-c", program, str(folder), REPO], env=environment)
+    while not hanging.hits:
+        assert run.poll() is None
+        time.sleep(0.05)
+    pushes = run.children()
+    assert len(pushes) == 1
+    run.kill()
+    run.wait()
+    _, alive = psutil.wait_procs(pushes, timeout=5)
+    for push_left_over in alive:
+        push_left_over.kill()
+    assert alive == []
 
 
 def test_a_hub_that_is_not_there(folder, tmp_path, monkeypatch):
