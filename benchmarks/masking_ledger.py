@@ -4,16 +4,19 @@
 
 The settings stand in a YAML file (masking_ledger.yaml). First the cost of a step is measured for all of them, in turns
 in one process. Then each is pre-trained for the recipe's steps and, with a schedule of its own, for as many steps as
-fit into the time that the reference takes for them; last come the downstream recipes. What is finished in the work
-folder is not run again, and what was stopped goes on from its last checkpoint, so that the whole can be done in slices
-of `--minutes`; empty it after a change of the code that alters results. Writes OUT_STEM.json and the tables into
-OUT_STEM.md, between two marks, of all that is finished in the work folder.
+fit into the time that the reference takes for them; last come the downstream recipes. OUT_STEM.json gathers costs and
+figures with the machine that each was measured on, so that the whole can be done in slices of `--minutes` and on
+several machines: what stands there is not run again, and what was stopped goes on from its last checkpoint in the work
+folder. Remove both after a change of the code, or of a default, that alters results. The tables of all that is there
+go into OUT_STEM.md, between two marks.
 """
 
 import argparse
+import collections
 import copy
 import dataclasses
 import datetime
+import hashlib
 import itertools
 import json
 import statistics
@@ -94,16 +97,67 @@ class Run:
         folder = self.folder / recipe.replace("/", "-")
         return recipe, self.folder / "pretrain", self.seed, folder, plan.downstream[recipe]
 
-    def figures(self, plan: Plan) -> dict[str, float]:
-        """Of all that is finished."""
-        pretrained = finished_results(*self.arguments(plan))
-        if pretrained is None:
-            return {}
-        figures = dict(pretrained["evaluations"][-1])
-        for recipe in plan.downstream:
-            if (results := finished_results(*self.downstream_arguments(plan, recipe))) is not None:
-                figures |= results["figures"]
+    def finished_figures(self, plan: Plan, recipe: str) -> dict[str, float] | None:
+        """Of a recipe, from the work folder."""
+        if recipe == plan.recipe:
+            results = finished_results(*self.arguments(plan))
+            return None if results is None else results["evaluations"][-1]
+        if not (self.folder / "pretrain" / "model.safetensors").exists():
+            return None
+        results = finished_results(*self.downstream_arguments(plan, recipe))
+        return None if results is None else results["figures"]
+
+    def keys(self, plan: Plan) -> dict[str, str]:
+        """What tells the results of each recipe, that of pre-training first, from others."""
+        _, _, seed, _, overrides = self.arguments(plan)
+        pretrained = key_of(plan.recipe, seed, overrides)
+        return {plan.recipe: pretrained} | {
+            recipe: key_of(recipe, pretrained, own) for recipe, own in plan.downstream.items()
+        }
+
+
+@dataclasses.dataclass
+class Record:
+    """What was measured so far, on whatever machine.
+
+    Attributes:
+        costs: By key: setting, its cost as a ratio to that of the reference, machine.
+        results: By key: recipe, setting, steps, seed, figures, machine.
+    """
+
+    costs: dict[str, dict] = dataclasses.field(default_factory=dict)
+    results: dict[str, dict] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def read(cls, path: Path) -> "Record":
+        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+
+    def write(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+    def gather(self, plan: Plan, runs: list[Run]) -> None:
+        """Take over what is finished in this machine's work folder."""
+        for run in runs:
+            for recipe, key in run.keys(plan).items():
+                if (figures := run.finished_figures(plan, recipe)) is None:
+                    continue
+                if figures != self.results.get(key, {}).get("figures"):
+                    told = {"recipe": recipe, "setting": run.setting, "steps": run.steps, "seed": run.seed}
+                    self.results[key] = told | {"figures": figures, "machine": machine()}
+
+    def figures_of(self, plan: Plan, run: Run) -> dict[str, float]:
+        """Of a run and of those that follow it, as far as they are there."""
+        figures = {}
+        for key in run.keys(plan).values():
+            figures |= self.results.get(key, {}).get("figures", {})
         return figures
+
+
+def key_of(recipe: str, *told) -> str:
+    """Hash of what a recipe says, comments aside, and of what else results depend on."""
+    content = yaml.safe_load((ROOT / "configs" / f"{recipe}.yaml").read_text())
+    return hashlib.sha256(json.dumps([content, *told]).encode()).hexdigest()[:16]
 
 
 def read_plan(path: Path) -> Plan:
@@ -138,9 +192,12 @@ def masks_a_step(recipe: Recipe) -> int:
     return recipe.training["global_batch_size"] * recipe.model.get("masks_per_image", 1)
 
 
-def measure_costs(plan: Plan, rounds: int) -> dict[str, float]:
-    """Seconds of a step of each setting, data included: the median of ratios to the reference, times its median."""
-    recipes = {name: plan.recipe_of(name) for name in plan.settings}
+def measure_costs(plan: Plan, names: list[str], rounds: int) -> dict[str, float]:
+    """Cost of a step of these settings, data included, as a ratio to that of the reference.
+
+    Of the model's part, the median of ratios in the same round.
+    """
+    recipes = {name: plan.recipe_of(name) for name in {plan.reference: None} | dict.fromkeys(names)}
     args = EHMTrainingArguments(**recipes[plan.reference].training)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = torch.bfloat16 if args.bf16 else torch.float32
@@ -158,12 +215,11 @@ def measure_costs(plan: Plan, rounds: int) -> dict[str, float]:
         image_seconds = time_images(
             plan.recipe_of(plan.reference, f"training.output_dir={folder}", *pretrain.UNMEASURED)
         )
-    reference = statistics.median(seconds[plan.reference])
-    costs = {}
+    reference, costs = statistics.median(seconds[plan.reference]), {}
     for name, own in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(own, seconds[plan.reference], strict=True))
         costs[name] = ratio * reference + image_seconds * recipes[name].training["global_batch_size"]
-    return costs
+    return {name: costs[name] / costs[plan.reference] for name in names}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +251,7 @@ def steps_of(plan: Plan, costs: dict[str, float], setting: str, budget: str) -> 
     steps = plan.recipe_of(setting).training["max_steps"]
     if budget == STEPS:
         return steps
-    fitting = round(steps * costs[plan.reference] / costs[setting])
+    fitting = round(steps / costs[setting])
     return steps if abs(fitting - steps) <= 0.01 * steps else fitting
 
 
@@ -214,7 +270,7 @@ def table(rows: dict[str, dict], plan: Plan, costs: dict[str, float], budget: st
     header = ["masks", "cost of a step", "steps", *(heading for heading, _ in FIGURES.values())]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for setting in plan.settings:
-        cells = [setting, f"{costs[setting] / costs[plan.reference]:.2f}", str(steps_of(plan, costs, setting, budget))]
+        cells = [setting, f"{costs[setting]:.2f}", str(steps_of(plan, costs, setting, budget))]
         for name, (_, factor) in FIGURES.items():
             values = [factor * figures[name] for figures in rows.get(setting, {}).values() if name in figures]
             text = cell(values) if values else ""
@@ -239,8 +295,12 @@ def main() -> None:
     plan, deadline = read_plan(options.plan), time.monotonic() + 60 * options.minutes
     if unknown := [name for name in options.only or [] if name not in plan.settings]:
         parser.error(f"--only {unknown} is not in {options.plan}, whose settings are {list(plan.settings)}")
-    costs = kept_costs(plan, options.work, options.rounds)
+    path = options.out_stem.with_suffix(".json")
+    record = Record.read(path)
+    costs = costs_of(plan, record, options.rounds)
+    record.write(path)
     runs = runs_of(plan, costs, options.work)
+    record.gather(plan, list(runs.values()))
     wanted = {
         run
         for (setting, budget, seed), run in runs.items()
@@ -248,50 +308,56 @@ def main() -> None:
         and budget in options.budgets
         and seed in (options.seeds or plan.seeds)
     }
-    in_order = [run for run in dict.fromkeys(runs.values()) if run in wanted]
-    jobs = {
-        ("pretrain", str(run.folder), run.seed): partial(run_one, *run.arguments(plan), deadline) for run in in_order
+    recipes = [plan.recipe, *([] if options.no_downstream else plan.downstream)]
+    missing = {
+        run: [recipe for recipe in recipes if run.keys(plan)[recipe] not in record.results]
+        for run in dict.fromkeys(runs.values())
+        if run in wanted
+    }
+    jobs = {  # a run whose figures alone are left has to be run again for those that follow it
+        ("pretrain", str(run.folder), run.seed): partial(run_one, *run.arguments(plan), deadline)
+        for run, some in missing.items()
+        if some
     }
     _, failures = run_all(jobs, options.jobs)
-    if not options.no_downstream:
-        jobs = {
-            (recipe, str(run.folder), run.seed): partial(run_one, *run.downstream_arguments(plan, recipe), deadline)
-            for run in in_order
-            if finished_results(*run.arguments(plan)) is not None
-            for recipe in plan.downstream
-        }
-        failures += run_all(jobs, options.jobs)[1]
-    report(options.out_stem, plan, costs, runs)
+    jobs = {
+        (recipe, str(run.folder), run.seed): partial(run_one, *run.downstream_arguments(plan, recipe), deadline)
+        for run, some in missing.items()
+        for recipe in some
+        if recipe != plan.recipe and run.finished_figures(plan, plan.recipe) is not None
+    }
+    failures += run_all(jobs, options.jobs)[1]
+    record.gather(plan, list(runs.values()))
+    record.write(path)
+    report(options.out_stem, plan, costs, runs, record)
     if failures:
         sys.exit(f"{len(failures)} runs are not finished")
 
 
-def kept_costs(plan: Plan, work: Path, rounds: int) -> dict[str, float]:
-    """Costs measured before for the same plan and recipe on the same machine, or measured now."""
-    recipe = (ROOT / "configs" / f"{plan.recipe}.yaml").read_text()
-    path, key = work / "costs.json", json.dumps([recipe, plan.common, plan.settings, machine(), rounds])
-    if path.exists() and (kept := json.loads(path.read_text()))["key"] == key:
-        return kept["costs"]
-    costs = measure_costs(plan, rounds)
-    work.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"key": key, "costs": costs}))
-    return costs
+def costs_of(plan: Plan, record: Record, rounds: int) -> dict[str, float]:
+    """Costs of all settings, as ratios to the reference's; those not on record are measured, and noted there."""
+    common = [plan.common, plan.settings[plan.reference]]
+    keys = {name: key_of(plan.recipe, *common, overrides) for name, overrides in plan.settings.items()}
+    if missing := [name for name, key in keys.items() if key not in record.costs]:
+        for name, ratio in measure_costs(plan, missing, rounds).items():
+            record.costs[keys[name]] = {"setting": name, "ratio": ratio, "machine": machine()}
+    return {name: record.costs[key]["ratio"] for name, key in keys.items()}
 
 
-def report(out_stem: Path, plan: Plan, costs: dict[str, float], runs: dict[tuple[str, str, int], Run]) -> None:
-    """Write the tables of all that is finished, whatever was run just now."""
-    tables, record = {}, {"costs": costs}
+def report(
+    out_stem: Path, plan: Plan, costs: dict[str, float], runs: dict[tuple[str, str, int], Run], record: Record
+) -> None:
+    """Write the tables of all that is on record, whatever was run just now."""
+    text = f"{datetime.date.today()}; seeds {plan.seeds}; costs and runs by machine:\n\n"
+    machines = collections.Counter(one["machine"] for one in record.results.values())
+    measured = collections.Counter(one["machine"] for one in record.costs.values())
+    text += "".join(f"- {name}: {measured[name]} costs, {machines[name]} runs\n" for name in measured | machines)
     for budget in BUDGETS:
         rows: dict[str, dict] = {}
         for (setting, own, seed), run in runs.items():
-            if own == budget and (figures := run.figures(plan)):
-                rows.setdefault(setting, {})[seed] = figures
-        tables[budget], record[budget] = table(rows, plan, costs, budget), rows
-    out_stem.parent.mkdir(parents=True, exist_ok=True)
-    out_stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    text = f"{datetime.date.today()}; {machine()}; {torch.get_num_threads()} thread(s) a run; seeds {plan.seeds}.\n"
-    for budget, one in tables.items():
-        text += f"\n{budget.capitalize()}:\n\n{one}\n"
+            if own == budget:
+                rows.setdefault(setting, {})[seed] = record.figures_of(plan, run)
+        text += f"\n{budget.capitalize()}:\n\n{table(rows, plan, costs, budget)}\n"
     text += "\nLoss: under the setting's own last masks, and so not to be compared from row to row.\n"
     write_tables(out_stem.with_suffix(".md"), text)
     print(f"wrote {out_stem}.md and .json")
