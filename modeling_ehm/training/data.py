@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import numpy as np
 import torch
@@ -42,6 +43,11 @@ logger = logging.getLogger(__name__)
 ORDER_STREAM, SAMPLE_STREAM = 0, 1
 BYTES_AT = re.compile(r"<_io\.BytesIO object at 0x[0-9a-f]+>")  # Pillow names what it could not identify
 NO_IMAGES = "data.train yields no images: check path, data_files and split"
+# user:password@host, or a query that signs an address for whoever has it.
+SECRET_IN_ADDRESS = re.compile(
+    r"^\w+://([^/?#]*@|[^?#]*\?(.*&)?([\w-]*(signature|token|secret|password|credential)|sig|\w*access_?key\w*|\w*key)=)",
+    re.IGNORECASE,
+)
 READ_AHEAD = 64  # encoded rows fetched at a time from a stream
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -98,6 +104,23 @@ class ImageSource:
     def __post_init__(self):
         if self.path == "synthetic" and (self.data_files or self.data_dir or self.name):
             raise ValueError("path=synthetic is the embedded image set, which has no files: name a path for data_files")
+        for name in ("path", "data_dir", "data_files"):
+            for address in strings_in(getattr(self, name)):
+                if SECRET_IN_ADDRESS.search(address):
+                    raise ValueError(
+                        f"{name}={urlsplit(address).hostname} ... holds a password or a signature, which would be"
+                        " written to the run's files: log in with `hf auth login`, HF_TOKEN or the storage's own"
+                        " settings, or fetch the files first"
+                    )
+
+
+def strings_in(value: str | list | dict | None) -> Iterator[str]:
+    """All strings of a setting, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, list | dict):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from strings_in(one)
 
 
 @dataclass

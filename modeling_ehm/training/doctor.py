@@ -25,7 +25,7 @@ from modeling_ehm.training.checkpoints import checkpoints_in, fault_of, newest_w
 from modeling_ehm.training.data import Normalizer, PretrainingImages, open_samples, read_skipped
 from modeling_ehm.training.mask_log import read_mask_log
 from modeling_ehm.training.recipes import Recipe
-from modeling_ehm.training.recorded_trainer import FAILED_PUSHES
+from modeling_ehm.training.recorded_trainer import FAILED_PUSHES, non_finite_records
 from modeling_ehm.training.tasks import load_recipe, pretrain
 
 # Training loss by progress of shipped recipes as they were run (docs/results), with their own masks; how far off it
@@ -208,10 +208,12 @@ def check_skipped(run: Run) -> Finding:
 def check_checkpoints(run: Run) -> Finding:
     faults = {path.name: fault for path in checkpoints_in(run.folder) if (fault := fault_of(path)) is not None}
     whole = len(checkpoints_in(run.folder)) - len(faults)
-    records = sorted(path.name for path in run.folder.glob("nonfinite-step-*.json"))
+    # What a checkpoint has got past was a number when it was taken again.
+    records = {step: paths for step, paths in non_finite_records(run.folder).items() if step > run.state["global_step"]}
     if records:
         advice = (
-            f"{records[0]} tells of a loss that was not a number; replay that step, lower the rate or clip gradients"
+            f"{records[min(records)][0].name} tells of a loss that was not a number; replay that step, lower the rate"
+            " or clip gradients"
         )
         return Finding("checkpoints", f"{whole} whole", advice)
     if faults:

@@ -31,11 +31,21 @@ from modeling_ehm.training.push import PushError, push_folder
 logger = logging.getLogger(__name__)
 
 FAILED_PUSHES = "failed_pushes.jsonl"  # in the output folder, one line a push
+NON_FINITE = "nonfinite-step"  # begins the names of the records of steps whose loss was not a number
 TORCH_WRITERS = ("PytorchStreamWriter", "inline_container")  # in what torch.save raises on a full disk
 
 
 class NonFiniteError(RuntimeError):
     """A loss or a gradient is not a number, or infinite."""
+
+
+def non_finite_records(folder: Path) -> dict[int, list[Path]]:
+    """Records of steps that met a loss or gradient that is not a number, of all processes, by step."""
+    records: dict[int, list[Path]] = {}
+    for path in sorted(folder.glob(f"{NON_FINITE}-*-process-*.json")):
+        step = int(path.name.removeprefix(f"{NON_FINITE}-").partition("-")[0])
+        records.setdefault(step, []).append(path)
+    return records
 
 
 @dataclass
@@ -131,7 +141,7 @@ class RecordedTrainer(Trainer):
         self.watched.clear()
 
     def _record_non_finite(self, step: int, watched: WatchedStep) -> None:
-        stem = Path(self.args.output_dir) / f"nonfinite-step-{step}-process-{self.args.process_index}"
+        stem = Path(self.args.output_dir) / f"{NON_FINITE}-{step}-process-{self.args.process_index}"
         grad_norm = None if watched.grad_norm is None else float(watched.grad_norm)
         told = {"step": step, "losses": [float(loss) for loss in watched.losses], "grad_norm": grad_norm}
         stem.with_suffix(".json").write_text(json.dumps(told, indent=1) + "\n")

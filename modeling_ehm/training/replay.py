@@ -28,7 +28,7 @@ from modeling_ehm.training.arguments import EHMTrainingArguments
 from modeling_ehm.training.checkpoints import checkpoints_in, fault_of, step_of
 from modeling_ehm.training.mask_log import digest_of, read_mask_log
 from modeling_ehm.training.recipes import RecipeError
-from modeling_ehm.training.recorded_trainer import NonFiniteError
+from modeling_ehm.training.recorded_trainer import NonFiniteError, non_finite_records
 from modeling_ehm.training.tasks import load_recipe, pretrain
 from modeling_ehm.training.trainer import EHMTrainer
 
@@ -120,13 +120,14 @@ def replay(run: str | Path, step: int, overrides: list[str] = ()) -> ReplayedSte
     """What a run was trained on in its step of this number.
 
     Raises:
-        RecipeError: the run has no such step, or left no recipe or no log of masks.
+        RecipeError: the run has no such step, or left no recipe or no log of masks; or its affinities were no numbers
+            in that step, so that there are no masks.
     """
     run = Path(run)
     if not (run / pretrain.RECIPE_FILE).exists():
         raise RecipeError(f"{run} has no {pretrain.RECIPE_FILE}; it is not the output folder of a pre-training run")
-    log = read_mask_log(run)
-    if step not in log:
+    log, records = read_mask_log(run), non_finite_records(run)
+    if step not in log and step not in records:
         known = f"its log of masks goes from {min(log)} to {max(log)}" if log else "it has no log of masks"
         raise RecipeError(f"step={step} was not taken by the run in {run}: {known}")
     before = [path for path in checkpoints_in(run) if step_of(path) < step and fault_of(path) is None]
@@ -140,8 +141,12 @@ def replay(run: str | Path, step: int, overrides: list[str] = ()) -> ReplayedSte
         try:
             trainer.train(resume_from_checkpoint=trainer.resume_from)
         except NonFiniteError as error:
-            if not trainer.captured.sample_id:  # met before
-                raise
+            if not trainer.captured.sample_id:  # met before, or where the trees of this step are made
+                told = ", ".join(str(path.with_suffix(".*")) for path in records.get(step, [])) or "on no record"
+                raise RecipeError(
+                    f"step {step} has no masks when the run is replayed either: {str(error).partition('. ')[0]}. What"
+                    f" it was to be trained on: {told}. Replay the step before"
+                ) from error
             logging.getLogger(__name__).warning("the run's error comes again: %s", error)
         finally:
             trainer.train_dataset.close()

@@ -720,3 +720,35 @@ def test_streamed_samples_know_their_pass_only_after_it(sources):
     assert isinstance(samples, StreamedSamples) and samples.samples_per_pass is None
     next(samples.candidates(COUNT))
     assert samples.samples_per_pass == COUNT
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "https://alice:sesame@example.org/train.parquet",
+        "s3://AKIA0:sesame@bucket/train.parquet",
+        "https://bucket.example.org/train.parquet?X-Amz-Date=1&X-Amz-Signature=sesame",
+        "https://account.example.org/train.parquet?sv=2024&sig=sesame",
+        "https://example.org/train.parquet?download=true&access_token=sesame",
+    ],
+)
+def test_addresses_that_hold_secrets_are_refused(address):
+    """They would be in the run's recipe, card and records."""
+    for files in (address, [address], {"train": ["train.parquet", address]}):
+        with pytest.raises(ValueError, match="data_files=.* holds a password or a signature") as refused:
+            ImageSource("parquet", data_files=files)
+        assert "sesame" not in str(refused.value)
+    with pytest.raises(ValueError, match="path=.*HF_TOKEN"):
+        ImageSource(address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "hf://datasets/alice/images@main/train.parquet",
+        "https://example.org/a@b.parquet?download=true&design=2",
+        "a?sig=1",
+    ],
+)
+def test_plain_addresses_are_taken(address):
+    assert ImageSource("parquet", data_files=[address]).data_files == [address]

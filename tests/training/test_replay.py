@@ -164,15 +164,18 @@ def test_the_batch_is_the_recipes(tmp_path, shards, training, masks_per_image):
 
 
 def poisoned(monkeypatch, at: int, what: str) -> None:
-    """From step `at` on, the loss or its gradient is not finite."""
+    """From step `at` on, the loss, its gradient, or a weight is not finite."""
     forward = EHMForPreTraining.forward
 
     def bad_forward(self, *arguments, **options):
+        due = self.training and self.progress * 6 >= at - 1 - 1e-6
+        if due and what == "weight":
+            next(self.parameters()).data.fill_(float("nan"))
         outputs = forward(self, *arguments, **options)
-        if self.training and self.progress * 6 >= at - 1 - 1e-6:
+        if due:
             if what == "loss":
                 outputs.loss = outputs.loss * float("inf")
-            else:
+            elif what == "gradient":
                 outputs.loss.register_hook(lambda gradient: gradient * float("nan"))
         return outputs
 
@@ -203,6 +206,26 @@ def test_a_run_stops_before_it_saves_what_is_not_a_number(tmp_path, shards, fini
         assert np.array_equal(found.mask.reshape(8, 16), batch["mask"].bool().numpy())
     pretrain.execute(pretrain.prepare(load_recipe(recipe, [])))
     assert list(read_mask_log(out)) == [1, 2, 3, 4, 5, 6] and (out / "checkpoint-6").exists()
+
+
+def test_a_step_whose_trees_cannot_be_made_has_no_masks_to_replay(tmp_path, shards, monkeypatch):
+    """Weights that are not numbers: what step 4 was to be trained on is on record; it comes to the same end again."""
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml",
+        data={"train": {"path": "parquet", "data_files": shards}},
+        training={"max_steps": 6, "save_strategy": "steps", "save_steps": 2},
+    )
+    out = tmp_path / "out"
+    poisoned(monkeypatch, 4, "weight")
+    with pytest.raises(NonFiniteError, match="step 4: loss nan"):
+        pretrain.execute(pretrain.prepare(load_recipe(recipe)))
+    batch = load_file(out / "nonfinite-step-4-process-0.safetensors")
+    assert batch.keys() == {"sample_id", "mask_seed"} and len(batch["sample_id"]) == 8
+    with pytest.raises(SystemExit, match=r"step 4 has no masks .*: step 4: loss nan.*nonfinite-step-4-process-0\.\*"):
+        replay_module.main([str(out), "--step", "4"])
+    assert np.isfinite(replay(out, 3).loss).all()
+    with pytest.raises(RecipeError, match="step=5 was not taken by the run"):
+        replay(out, 5)
 
 
 def test_infinite_gradients_are_left_to_the_scaler_of_float16(tmp_path, shards, monkeypatch):

@@ -84,7 +84,7 @@ def _small_array(values) -> np.ndarray:
 
 
 def _unpack(packed: bytes) -> np.ndarray | dict[str, np.ndarray]:
-    row = np.load(io.BytesIO(packed))
+    row = np.load(io.BytesIO(packed), allow_pickle=False)
     return {key: _widen(row[key]) for key in row} if isinstance(row, Mapping) else _widen(row)
 
 
