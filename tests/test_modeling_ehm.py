@@ -470,6 +470,17 @@ def test_several_masks_of_one_tree(make_config, objective):
     assert torch.equal(outputs.mask[::4], model.eval()(images, progress=0.5, mask_seed=seeds).mask)  # then only one
 
 
+@pytest.mark.parametrize("objective", ["mae", "simmim"])
+def test_the_encoder_takes_several_masks_of_an_image(make_config, objective):
+    """One after the other for each image, as if the image itself were repeated."""
+    model = build(EHMModel, make_config(objective=objective)).eval()
+    images, mask = some_images(2), some_masks(6)
+    repeated = model(images.repeat_interleave(3, dim=0), mask)
+    torch.testing.assert_close(model(images, mask).last_hidden_state, repeated.last_hidden_state)
+    with pytest.raises(ValueError, match=r"shape \(5, 16\); bool and \(2 images x R masks, 16 patches\) are expected"):
+        model(images, mask[:5])
+
+
 def test_progress_rules(make_config):
     model = build(EHMForPreTraining, make_config(num_nodes_end=2, mask_ratio=0.5))
     images, seeds = some_images(8), torch.arange(8)
