@@ -188,7 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
         replayed = replay(options.run, options.step, options.overrides)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    count, digest = read_mask_log(options.run)[options.step]
+    count, digest = read_mask_log(options.run).get(options.step, (0, None))
     hardest = np.argsort(-np.nan_to_num(replayed.loss, nan=np.inf))[:5]
     times = len(replayed.mask) // len(replayed.sample_id)
     images = len(replayed.sample_id)
@@ -200,6 +200,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.out is not None:
         np.savez_compressed(options.out, **vars(replayed))
         print(f"wrote {options.out}")
+    if digest is None:
+        sys.exit("the run's log does not have this step, which came to no masks then")
     if count != len(replayed.mask):
         sys.exit(f"the run's log has {count} of these masks: lines of a process are missing, which may have died")
     if replayed.digest() != digest:

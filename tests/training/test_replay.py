@@ -216,12 +216,16 @@ def test_a_step_whose_trees_cannot_be_made_has_no_masks_to_replay(tmp_path, shar
         training={"max_steps": 6, "save_strategy": "steps", "save_steps": 2},
     )
     out = tmp_path / "out"
-    poisoned(monkeypatch, 4, "weight")
-    with pytest.raises(NonFiniteError, match="step 4: loss nan"):
-        pretrain.execute(pretrain.prepare(load_recipe(recipe)))
-    batch = load_file(out / "nonfinite-step-4-process-0.safetensors")
-    assert batch.keys() == {"sample_id", "mask_seed"} and len(batch["sample_id"]) == 8
-    with pytest.raises(SystemExit, match=r"step 4 has no masks .*: step 4: loss nan.*nonfinite-step-4-process-0\.\*"):
+    with monkeypatch.context() as patch:
+        poisoned(patch, 4, "weight")
+        with pytest.raises(NonFiniteError, match="step 4: loss nan"):
+            pretrain.execute(pretrain.prepare(load_recipe(recipe)))
+        batch = load_file(out / "nonfinite-step-4-process-0.safetensors")
+        assert batch.keys() == {"sample_id", "mask_seed"} and len(batch["sample_id"]) == 8
+        again = r"step 4 has no masks .*: step 4: loss nan.*nonfinite-step-4-process-0\.\*"
+        with pytest.raises(SystemExit, match=again):
+            replay_module.main([str(out), "--step", "4"])
+    with pytest.raises(SystemExit, match="the run's log does not have this step"):  # with the cause gone
         replay_module.main([str(out), "--step", "4"])
     assert np.isfinite(replay(out, 3).loss).all()
     with pytest.raises(RecipeError, match="step=5 was not taken by the run"):
