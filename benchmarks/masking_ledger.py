@@ -16,6 +16,7 @@ import collections
 import copy
 import dataclasses
 import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -23,7 +24,6 @@ import statistics
 import sys
 import tempfile
 import time
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -154,10 +154,14 @@ class Record:
         return figures
 
 
+@functools.cache
+def content_of(recipe: str) -> dict:
+    return yaml.safe_load((ROOT / "configs" / f"{recipe}.yaml").read_text())
+
+
 def key_of(recipe: str, *told) -> str:
     """Hash of what a recipe says, comments aside, and of what else results depend on."""
-    content = yaml.safe_load((ROOT / "configs" / f"{recipe}.yaml").read_text())
-    return hashlib.sha256(json.dumps([content, *told]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps([content_of(recipe), *told]).encode()).hexdigest()[:16]
 
 
 def read_plan(path: Path) -> Plan:
@@ -315,13 +319,15 @@ def main() -> None:
         if run in wanted
     }
     jobs = {  # a run whose figures alone are left has to be run again for those that follow it
-        ("pretrain", str(run.folder), run.seed): partial(run_one, *run.arguments(plan), deadline)
+        ("pretrain", str(run.folder), run.seed): functools.partial(run_one, *run.arguments(plan), deadline)
         for run, some in missing.items()
         if some
     }
     _, failures = run_all(jobs, options.jobs)
     jobs = {
-        (recipe, str(run.folder), run.seed): partial(run_one, *run.downstream_arguments(plan, recipe), deadline)
+        (recipe, str(run.folder), run.seed): functools.partial(
+            run_one, *run.downstream_arguments(plan, recipe), deadline
+        )
         for run, some in missing.items()
         for recipe in some
         if recipe != plan.recipe and run.finished_figures(plan, plan.recipe) is not None
@@ -348,7 +354,7 @@ def report(
     out_stem: Path, plan: Plan, costs: dict[str, float], runs: dict[tuple[str, str, int], Run], record: Record
 ) -> None:
     """Write the tables of all that is on record, whatever was run just now."""
-    text = f"{datetime.date.today()}; seeds {plan.seeds}; costs and runs by machine:\n\n"
+    text = f"{datetime.date.today()}; seeds {plan.seeds}; costs and runs, downstream ones included, by machine:\n\n"
     machines = collections.Counter(one["machine"] for one in record.results.values())
     measured = collections.Counter(one["machine"] for one in record.costs.values())
     text += "".join(f"- {name}: {measured[name]} costs, {machines[name]} runs\n" for name in measured | machines)

@@ -149,7 +149,7 @@ def take_patches(patches: Tensor, index: Tensor) -> Tensor:
     Copies whole patches, which on CPUs is far faster than `gather`.
     """
     batch, count, width = patches.shape
-    image = torch.arange(len(index), device=index.device) // (len(index) // max(1, batch) or 1)
+    image = torch.arange(len(index), device=index.device) * batch // len(index)  # of each row
     taken = patches.reshape(-1, width).index_select(0, (index + image[:, None] * count).flatten())
     return taken.view(*index.shape, width)
 

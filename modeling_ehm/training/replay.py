@@ -144,8 +144,8 @@ def replay(run: str | Path, step: int, overrides: list[str] = ()) -> ReplayedSte
             if not trainer.captured.sample_id:  # met before, or where the trees of this step are made
                 told = ", ".join(str(path.with_suffix(".*")) for path in records.get(step, [])) or "on no record"
                 raise RecipeError(
-                    f"step {step} has no masks when the run is replayed either: {str(error).partition('. ')[0]}. What"
-                    f" it was to be trained on: {told}. Replay the step before"
+                    f"step {step} has no masks in the replay: {str(error).partition('. ')[0]}. What it was to be"
+                    f" trained on: {told}. Replay a step before that"
                 ) from error
             logging.getLogger(__name__).warning("the run's error comes again: %s", error)
         finally:

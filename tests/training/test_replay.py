@@ -182,15 +182,17 @@ def poisoned(monkeypatch, at: int, what: str) -> None:
     monkeypatch.setattr(EHMForPreTraining, "forward", bad_forward)
 
 
+def recipe_that_saves(tmp_path: Path, shards: list[str]) -> Path:
+    """Six steps, saved after 2, 4 and 6."""
+    training = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
+    data = {"train": {"path": "parquet", "data_files": shards}}
+    return write_recipe(tmp_path / "recipe.yaml", data=data, training=training)
+
+
 @pytest.mark.parametrize("what", ["loss", "gradient"])
 def test_a_run_stops_before_it_saves_what_is_not_a_number(tmp_path, shards, finished, monkeypatch, what):
     """At step 4, at whose end it would save: told with file and way out; replayed; with the cause gone it goes on."""
-    recipe = write_recipe(
-        tmp_path / "recipe.yaml",
-        data={"train": {"path": "parquet", "data_files": shards}},
-        training={"max_steps": 6, "save_strategy": "steps", "save_steps": 2},
-    )
-    out = tmp_path / "out"
+    recipe, out = recipe_that_saves(tmp_path, shards), tmp_path / "out"
     with monkeypatch.context() as patch:
         poisoned(patch, 4, what)
         with pytest.raises(NonFiniteError, match=r"step 4: loss .* What it was trained on is in .*nonfinite-step-4-"):
@@ -210,12 +212,7 @@ def test_a_run_stops_before_it_saves_what_is_not_a_number(tmp_path, shards, fini
 
 def test_a_step_whose_trees_cannot_be_made_has_no_masks_to_replay(tmp_path, shards, monkeypatch):
     """Weights that are not numbers: what step 4 was to be trained on is on record; it comes to the same end again."""
-    recipe = write_recipe(
-        tmp_path / "recipe.yaml",
-        data={"train": {"path": "parquet", "data_files": shards}},
-        training={"max_steps": 6, "save_strategy": "steps", "save_steps": 2},
-    )
-    out = tmp_path / "out"
+    recipe, out = recipe_that_saves(tmp_path, shards), tmp_path / "out"
     with monkeypatch.context() as patch:
         poisoned(patch, 4, "weight")
         with pytest.raises(NonFiniteError, match="step 4: loss nan"):
