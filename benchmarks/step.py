@@ -6,7 +6,8 @@ All variants take turns in one process, each step in the order of a new permutat
 ratios to ViTMAE's step of the same round. A variant with R masks an image gets a Rth of the images, so that all steps
 train on as many masks. On a CPU the process's own time is read, on a GPU the clock, synchronised.
 Before and after, a matrix product shows what the machine reaches at best; a run in which that moved by more than a
-tenth is refused. Peak memory is that of a process of its own for each variant, less what it had without a model.
+tenth is refused. Peak memory is that of a process of its own for each variant, less what it had without a model; on a
+GPU that of its allocator.
 Writes OUT_STEM.json and the tables into OUT_STEM.md, between two marks.
 """
 
@@ -23,7 +24,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -99,6 +100,7 @@ SHAPES = {
     "tiny": Shape(64, 64, 8, 192, 12, 3, 128, 2, 4),
     "base": Shape(4, 224, 16, 768, 12, 12, 512, 8, 16),
 }
+IMAGES_ON_GPU = {"tiny": 1024, "base": 256}  # of a step, where fewer would leave the device idle
 
 
 @dataclass(frozen=True)
@@ -145,9 +147,9 @@ def load(variant: str, folder: Path, setting: Setting) -> nn.Module:
 def some_images(model: nn.Module, shape: Shape, setting: Setting, number: int) -> dict[str, Tensor]:
     """Arguments of a model for the step of this number: as many images as give the batch's masks."""
     count = shape.batch_size // getattr(model.config, "masks_per_image", 1)
-    generator = torch.Generator().manual_seed(number)
-    pixel_values = torch.randn(count, 3, shape.image_size, shape.image_size, generator=generator)
-    arguments = {"pixel_values": pixel_values.to(setting.device)}
+    generator = torch.Generator(setting.device).manual_seed(number)
+    size = (count, 3, shape.image_size, shape.image_size)
+    arguments = {"pixel_values": torch.randn(size, generator=generator, device=setting.device)}
     if model.config.model_type == "ehm":
         seeds = torch.arange(count) + number * count
         arguments |= {"progress": 0.5, "mask_seed": seeds.to(setting.device)}
@@ -187,14 +189,14 @@ def loss_difference(folder: Path, shape: Shape, setting: Setting) -> float:
 
 
 def matmul_peak(setting: Setting) -> float:
-    """Operations a second of a square matrix product, the best of several."""
-    side, times = (8192 if setting.device.type == "cuda" else 2048), []
-    a = torch.randn(side, side, device=setting.device, dtype=setting.dtype)
-    for _ in range(6):
+    """Operations a second of a square matrix product, the median of several after as many others."""
+    side, rounds = (8192, 200) if setting.device.type == "cuda" else (2048, 6)  # a GPU's clock rises with the work
+    a, times = torch.randn(side, side, device=setting.device, dtype=setting.dtype), []
+    for _ in range(rounds):
         started = setting.now()
         a @ a
         times.append(setting.now() - started)
-    return 2 * side**3 / min(times[1:])
+    return 2 * side**3 / statistics.median(times[rounds // 2 :])
 
 
 def time_steps(models: dict[str, nn.Module], shape: Shape, rounds: int, setting: Setting) -> dict[str, list[float]]:
@@ -230,9 +232,21 @@ def measure_memory(variant: str, shape: Shape, setting: Setting) -> float:
         step(some_images(model, shape, setting, number))
     ended.set()
     watcher.join()
-    if setting.device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
     return max(highest) - begun
+
+
+def measure_device_memory(variant: str, shape: Shape, setting: Setting) -> float:
+    """The same on a GPU, whose allocator keeps the high-water mark."""
+    torch.cuda.empty_cache()
+    begun = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with tempfile.TemporaryDirectory() as folder:
+        save_vit_mae(shape, Path(folder), setting.attention)
+        model = load(variant, Path(folder), setting)
+    step = make_step(model, setting)
+    for number in range(3):
+        step(some_images(model, shape, setting, number))
+    return (torch.cuda.max_memory_allocated() - begun) / 2**20
 
 
 def resident_memory() -> float:
@@ -270,11 +284,23 @@ def measure(shape: Shape, variants: list[str], setting: Setting, rounds: int) ->
 
 
 def memory_of(variant: str, shape: str, options: argparse.Namespace) -> float:
-    """Peak memory of a variant in a process of its own."""
+    """Peak memory of a variant, on a CPU in a process of its own."""
+    if options.device == "cuda":
+        return measure_device_memory(variant, shape_named(shape, options), setting_of(options))
     command = [sys.executable, __file__, "-", "--memory-of", variant, "--shapes", shape, "--dtype", options.dtype]
     command += ["--attention", options.attention, "--device", options.device]
     ended = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(ended.stdout.split()[-1])
+
+
+def shape_named(name: str, options: argparse.Namespace) -> Shape:
+    shape = SHAPES[name]
+    return replace(shape, batch_size=IMAGES_ON_GPU[name]) if options.device == "cuda" else shape
+
+
+def setting_of(options: argparse.Namespace) -> Setting:
+    dtype = getattr(torch, options.dtype)
+    return Setting(torch.device(options.device), dtype, options.attention, compiled=options.compile)
 
 
 def as_markdown(results: dict) -> str:
@@ -302,15 +328,13 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--memory-of", metavar="VARIANT", help="only print the peak memory of one, in MiB")
     options = parser.parse_args()
-    setting = Setting(
-        torch.device(options.device), getattr(torch, options.dtype), options.attention, compiled=options.compile
-    )
+    setting = setting_of(options)
     if options.memory_of is not None:
-        print(measure_memory(options.memory_of, SHAPES[options.shapes[0]], setting))
+        print(measure_memory(options.memory_of, shape_named(options.shapes[0], options), setting))
         return
     results = {}
     for name in options.shapes:
-        results[name] = measure(SHAPES[name], options.variants, setting, options.rounds)
+        results[name] = measure(shape_named(name, options), options.variants, setting, options.rounds)
         memory = {variant: memory_of(variant, name, options) for variant in results[name]["figures"]}
         for variant, one in results[name]["figures"].items():
             one["memory"] = memory[variant]
@@ -318,7 +342,8 @@ def main() -> None:
     options.out_stem.parent.mkdir(parents=True, exist_ok=True)
     options.out_stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
     text = f"""{datetime.date.today()}; {machine()}; {torch.get_num_threads()} thread(s); {options.dtype},
-{options.attention} attention{", compiled" if options.compile else ""}; {options.rounds} rounds.
+{options.attention} attention{", compiled" if options.compile else ""}; {options.rounds} rounds;
+images a step: {", ".join(f"{shape_named(name, options).batch_size} ({name})" for name in results)}.
 
 {as_markdown(results)}
 """

@@ -2,11 +2,11 @@
 
     OMP_NUM_THREADS=1 python benchmarks/tree.py docs/results/tree
 
-Ours (machine code where numba is installed, and the rounds in torch that travel with a checkpoint), scipy's linkage
-image by image, and the clustering of the forerunner's code (25 parts, 15 iterations), all from the same affinities in
-float32: uniform random ones, and smooth ones as a young encoder's attention. They take turns, in one process with one
-thread; medians of process time on a CPU; on a GPU, of the clock (ours in rounds, and the clustering). Writes
-OUT_STEM.json and the tables into OUT_STEM.md, between two marks.
+Ours (machine code where numba is installed, one kernel on GPUs with Triton), the rounds in torch that travel with a
+checkpoint, on a CPU scipy's linkage image by image, and the clustering of the forerunner's code (25 parts, 15
+iterations), all from the same affinities in float32: uniform random ones, and smooth ones as a young encoder's
+attention. They take turns, in one process with one thread; medians of process time on a CPU, on a GPU of the clock.
+Writes OUT_STEM.json and the tables into OUT_STEM.md, between two marks.
 """
 
 import argparse
@@ -73,8 +73,8 @@ def by_expectation(affinity: Tensor) -> None:
 def ways_of(device: torch.device) -> dict[str, Callable[[Tensor], None]]:
     ways = {"rounds in torch": in_rounds, "EPM's clustering": by_expectation}
     if device.type == "cpu":
-        ways = {"ours": build_hierarchy, "scipy": by_scipy} | ways
-    return ways
+        ways = {"scipy": by_scipy} | ways
+    return {"ours": build_hierarchy} | ways
 
 
 def measure(affinity: Tensor, setting: Setting, rounds: int) -> dict[str, float]:
@@ -121,18 +121,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out_stem", type=Path)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--patches", type=int, default=2**14, help="of a batch, so that larger images are fewer")
+    parser.add_argument("--patches", type=int, help="of a batch, so that larger images are fewer")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args()
+    patches = options.patches or (256 * 196 if options.device == "cuda" else 2**14)
     setting = Setting(torch.device(options.device), torch.float32, "sdpa", compiled=False)
     results: dict[str, dict[int, dict[str, float]]] = {}
     for kind, make in (("random", random_affinity), ("smooth", smooth_affinity)):
         for side in SIDES:
-            affinity = make(max(4, options.patches // side**2), side, side).to(setting.device)
+            affinity = make(max(4, patches // side**2), side, side).to(setting.device)
             results.setdefault(kind, {})[side**2] = measure(affinity, setting, options.rounds)
     options.out_stem.parent.mkdir(parents=True, exist_ok=True)
     options.out_stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-    text = f"""{datetime.date.today()}; {machine()}; {torch.get_num_threads()} thread(s); {options.rounds} rounds.
+    text = f"""{datetime.date.today()}; {machine()}; {torch.get_num_threads()} thread(s); {options.rounds} rounds;
+{patches} patches a batch, so {patches // 196} images of 196.
 
 {as_markdown(results)}
 """

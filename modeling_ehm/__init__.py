@@ -5,6 +5,8 @@ AutoModelForImageClassification, AutoModelForSemanticSegmentation and AutoBackbo
 without remote code. Its image processor is transformers' own ViTImageProcessor.
 """
 
+import os
+import shutil
 from importlib.util import find_spec
 
 from transformers import (
@@ -45,8 +47,16 @@ def _merge_compiled(affinity, linkage):
     return merge_compiled(affinity, linkage)
 
 
+def _merge_on_gpu(affinity, linkage):
+    from .triton_merging import merge_on_gpu
+
+    return merge_on_gpu(affinity, linkage)
+
+
 if find_spec("numba") is not None:
     MERGING["cpu"] = _merge_compiled
+if find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+    MERGING["cuda"] = _merge_on_gpu  # Triton has a C compiler build what starts a kernel
 
 __all__ = [
     "EHMBackbone",

@@ -16,7 +16,8 @@ from torch import Tensor
 NOBODY, LOWEST = -1e30, -1e15
 
 # Faster ways to do what `merge_in_rounds` does, by type of device. They find the same trees, leave the affinity as it
-# is, and return None for one that is not clean. `modeling_ehm` adds one for CPUs where numba is installed.
+# is, and return None for one that is not clean. `modeling_ehm` adds one for CPUs where numba is installed, and one for
+# GPUs where Triton is.
 MERGING: dict[str, Callable[[Tensor, str], tuple[Tensor, Tensor, Tensor] | None]] = {}
 
 
@@ -194,7 +195,7 @@ def merge_in_rounds(similarity: Tensor, linkage: str) -> tuple[Tensor, Tensor, T
         floor = torch.where(absorbs, level, floor).gather(1, keep)
         leaf, active = leaf.gather(1, keep), active.gather(1, keep)
         similarity = _exclude(similarity, active)
-    return parent, height, _merge_order(height, merged_in)
+    return parent, height, merge_order(height, merged_in)
 
 
 def _check_arguments(affinity: Tensor, linkage: str, grid_size: tuple[int, int] | None) -> None:
@@ -277,7 +278,7 @@ def _take_rows(matrices: Tensor, index: Tensor) -> Tensor:
     return rows.view(*index.shape, matrices.shape[2])
 
 
-def _merge_order(height: Tensor, merged_in: Tensor) -> Tensor:
+def merge_order(height: Tensor, merged_in: Tensor) -> Tensor:
     """Rank of each leaf's absorption: by falling height, then by round, then by leaf; leaf 0 comes last.
 
     A node is merged in a later round than its parts and at a height no larger, so parts always precede it.

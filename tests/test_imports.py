@@ -18,6 +18,7 @@ STEPS = {
     "configuration_ehm": 0,
     "hierarchy_ehm": 1,
     "compiled_merging": 2,
+    "triton_merging": 2,
     "masking_ehm": 2,
     "mask_policies_ehm": 3,
     "modeling_ehm": 4,
