@@ -7,7 +7,7 @@ ratios to ViTMAE's step of the same round. A variant with R masks an image gets 
 train on as many masks. On a CPU the process's own time is read, on a GPU the clock, synchronised.
 Before and after, a matrix product shows what the machine reaches at best; a run in which that moved by more than a
 tenth is refused. Peak memory is that of a process of its own for each variant, less what it had without a model; on a
-GPU that of its allocator.
+GPU what the allocator counts in this one.
 Writes OUT_STEM.json and the tables into OUT_STEM.md, between two marks.
 """
 
@@ -189,14 +189,14 @@ def loss_difference(folder: Path, shape: Shape, setting: Setting) -> float:
 
 
 def matmul_peak(setting: Setting) -> float:
-    """Operations a second of a square matrix product, the median of several after as many others."""
+    """Operations a second of a square matrix product, the best of several after as many others."""
     side, rounds = (8192, 200) if setting.device.type == "cuda" else (2048, 6)  # a GPU's clock rises with the work
     a, times = torch.randn(side, side, device=setting.device, dtype=setting.dtype), []
     for _ in range(rounds):
         started = setting.now()
         a @ a
         times.append(setting.now() - started)
-    return 2 * side**3 / statistics.median(times[rounds // 2 :])
+    return 2 * side**3 / min(times[rounds // 2 :])
 
 
 def time_steps(models: dict[str, nn.Module], shape: Shape, rounds: int, setting: Setting) -> dict[str, list[float]]:
@@ -215,6 +215,8 @@ def time_steps(models: dict[str, nn.Module], shape: Shape, rounds: int, setting:
 
 def measure_memory(variant: str, shape: Shape, setting: Setting) -> float:
     """MiB that three steps take at most, weights and moments included: more than the process has without a model."""
+    if setting.device.type == "cuda":
+        return measure_device_memory(variant, shape, setting)
     build_hierarchy(torch.zeros(1, 2, 2))  # what compiles the trees' code takes memory once, whatever the batch
     begun = resident_memory()
     with tempfile.TemporaryDirectory() as folder:
@@ -236,7 +238,7 @@ def measure_memory(variant: str, shape: Shape, setting: Setting) -> float:
 
 
 def measure_device_memory(variant: str, shape: Shape, setting: Setting) -> float:
-    """The same on a GPU, whose allocator keeps the high-water mark."""
+    """The same on a GPU, whose allocator keeps the high-water mark: more than is there already."""
     torch.cuda.empty_cache()
     begun = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -286,7 +288,7 @@ def measure(shape: Shape, variants: list[str], setting: Setting, rounds: int) ->
 def memory_of(variant: str, shape: str, options: argparse.Namespace) -> float:
     """Peak memory of a variant, on a CPU in a process of its own."""
     if options.device == "cuda":
-        return measure_device_memory(variant, shape_named(shape, options), setting_of(options))
+        return measure_memory(variant, shape_named(shape, options), setting_of(options))
     command = [sys.executable, __file__, "-", "--memory-of", variant, "--shapes", shape, "--dtype", options.dtype]
     command += ["--attention", options.attention, "--device", options.device]
     ended = subprocess.run(command, check=True, capture_output=True, text=True)

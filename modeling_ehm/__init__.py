@@ -7,8 +7,10 @@ without remote code. Its image processor is transformers' own ViTImageProcessor.
 
 import os
 import shutil
+import warnings
 from importlib.util import find_spec
 
+import torch
 from transformers import (
     AutoBackbone,
     AutoConfig,
@@ -48,15 +50,30 @@ def _merge_compiled(affinity, linkage):
 
 
 def _merge_on_gpu(affinity, linkage):
-    from .triton_merging import merge_on_gpu
+    try:
+        from .triton_merging import merge_on_gpu
 
-    return merge_on_gpu(affinity, linkage)
+        return merge_on_gpu(affinity, linkage)
+    except Exception as error:  # Triton builds kernels at their first use, which may lack headers, a folder, a version
+        warnings.warn(
+            f"trees are merged by slower rounds of torch, with the same result, since Triton's kernel fails: {error!r}",
+            stacklevel=2,
+        )
+        MERGING.pop("cuda", None)
+        hierarchy = build_hierarchy(affinity, linkage)
+        return hierarchy.parent, hierarchy.height, hierarchy.rank
+
+
+def _can_build_kernels():
+    """On NVIDIA's GPUs, by Triton, which has a C compiler build what starts a kernel; on AMD's nothing was tried."""
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    return torch.version.hip is None and find_spec("triton") is not None and any(map(shutil.which, compilers))
 
 
 if find_spec("numba") is not None:
     MERGING["cpu"] = _merge_compiled
-if find_spec("triton") is not None and any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
-    MERGING["cuda"] = _merge_on_gpu  # Triton has a C compiler build what starts a kernel
+if _can_build_kernels():
+    MERGING["cuda"] = _merge_on_gpu
 
 __all__ = [
     "EHMBackbone",

@@ -15,11 +15,12 @@ from torch import Tensor
 from .hierarchy_ehm import LOWEST, NOBODY, merge_order
 
 AVERAGE, SINGLE, COMPLETE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
-LINKAGE_CODES = {"average": 0, "single": 1, "complete": 2}
-NONE, BOUND = tl.constexpr(NOBODY), tl.constexpr(-LOWEST)
+LINKAGE_CODES = {"average": AVERAGE.value, "single": SINGLE.value, "complete": COMPLETE.value}
+NOT_A_CANDIDATE, LARGEST = tl.constexpr(NOBODY), tl.constexpr(-LOWEST)
 STUCK, UNSOUND, MERGED = tl.constexpr(-1), tl.constexpr(0), tl.constexpr(1)
-# Warps of a program and values of a matrix that it holds at a time: fastest of seven pairs on an H200.
-FEW_PATCHES, MANY_PATCHES = (4, 2048), (16, 4096)
+# Warps of a program and values of a matrix that it holds at a time: of seven pairs on an H200 the fastest for few
+# patches, and one within a tenth of the fastest for many.
+FEW_PATCHES, MANY_PATCHES, MOST_OF_FEW = (4, 2048), (16, 4096), 256
 
 
 def merge_on_gpu(affinity: Tensor, linkage: str) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -40,16 +41,16 @@ def merge_on_gpu(affinity: Tensor, linkage: str) -> tuple[Tensor, Tensor, Tensor
     merged_in = affinity.new_zeros(batch, count, dtype=torch.long)
     outcome = affinity.new_empty(batch, dtype=torch.int32)
     matrices = affinity.new_empty(batch, 2, count, count)  # of the last round, and of this one
-    numbers = affinity.new_empty(batch, 4, count)  # best, floor, size, share: see _merge
-    places = affinity.new_empty(batch, 3, count, dtype=torch.int32)  # nearest, partner, those that are left
+    cluster_values = affinity.new_empty(batch, 4, count)  # best, floor, size, share: see _merge
+    cluster_indices = affinity.new_empty(batch, 3, count, dtype=torch.int32)  # nearest, partner, those that are left
     columns = max(16, triton.next_power_of_2(count))  # the compiler fails on smaller ones
-    num_warps, tile = FEW_PATCHES if columns <= 256 else MANY_PATCHES
+    num_warps, tile = FEW_PATCHES if columns <= MOST_OF_FEW else MANY_PATCHES
     with torch.cuda.device_of(affinity):  # Triton starts kernels on the current device
         _merge[(batch,)](
             affinity,
             matrices,
-            numbers,
-            places,
+            cluster_values,
+            cluster_indices,
             parent,
             height,
             merged_in,
@@ -72,8 +73,8 @@ def merge_on_gpu(affinity: Tensor, linkage: str) -> tuple[Tensor, Tensor, Tensor
 def _merge(
     affinity,
     matrices,
-    numbers,
-    places,
+    cluster_values,
+    cluster_indices,
     parent,
     height,
     merged_in,
@@ -90,12 +91,12 @@ def _merge(
     before, after = matrices + image * 2 * count * count, matrices + (image * 2 + 1) * count * count
     # Of each cluster: similarity to the nearest, height of its own last merge, members, their share of the merged one;
     # its nearest cluster, and the one it merges with, or itself. Then the clusters that are left, ascending.
-    best, floor = numbers + image * 4 * count, numbers + (image * 4 + 1) * count
-    size, share = numbers + (image * 4 + 2) * count, numbers + (image * 4 + 3) * count
+    best, floor = cluster_values + image * 4 * count, cluster_values + (image * 4 + 1) * count
+    size, share = cluster_values + (image * 4 + 2) * count, cluster_values + (image * 4 + 3) * count
     nearest, partner, listed = (
-        places + image * 3 * count,
-        places + (image * 3 + 1) * count,
-        places + (image * 3 + 2) * count,
+        cluster_indices + image * 3 * count,
+        cluster_indices + (image * 3 + 1) * count,
+        cluster_indices + (image * 3 + 2) * count,
     )
     parent, height, merged_in = parent + image * count, height + image * count, merged_in + image * count
 
@@ -108,9 +109,9 @@ def _merge(
         value = tl.load(affinity + rows[:, None] * count + own[None, :], mask=cells, other=0.0)
         mirrored = tl.load(affinity + own[None, :] * count + rows[:, None], mask=cells, other=0.0)
         off_diagonal = cells & (rows[:, None] != own[None, :])
-        fits = (value == mirrored) & (tl.abs(value) <= BOUND)  # false for NaN
+        fits = (value == mirrored) & (tl.abs(value) <= LARGEST)  # false for NaN
         sound = tl.minimum(sound, tl.min(tl.min((fits | (off_diagonal == 0)).to(tl.int32), axis=1), axis=0))
-        value = tl.where(off_diagonal, value, NONE)
+        value = tl.where(off_diagonal, value, NOT_A_CANDIDATE)
         tl.store(before + rows[:, None] * count + own[None, :], value, mask=cells)
         top, found = tl.max(value, axis=1, return_indices=True)  # the first of equals
         tl.store(best + rows, top, mask=rows < count)
@@ -121,14 +122,13 @@ def _merge(
 
     left = tl.where(sound == 1, count, 1)
     step = 0
-    while (left > 1) & (
-        step < count
-    ):  # every round merges a pair; a kernel that never ends would take the device along
+    # Every round merges a pair; were that wrong, a kernel without an end would take the device along.
+    while (left > 1) & (step < count):
         step += 1
         tl.debug_barrier()
-        top = tl.load(best + own, mask=alive, other=NONE)
+        top = tl.load(best + own, mask=alive, other=NOT_A_CANDIDATE)
         near = tl.load(nearest + own, mask=alive, other=0)
-        mutual = alive & (tl.load(nearest + near, mask=alive, other=-1) == own) & (top > -BOUND)
+        mutual = alive & (tl.load(nearest + near, mask=alive, other=-1) == own) & (top > -LARGEST)
         absorbs, absorbed = mutual & (own < near), mutual & (own > near)
         # Rounding can put a mean a hair above its parts; a tree's heights never rise.
         level = tl.minimum(top, tl.load(floor + own, mask=alive, other=0.0))
@@ -161,11 +161,15 @@ def _merge(
             bc = tl.load(before + row_partners + own[None, :], mask=cells, other=0.0)
             bd = tl.load(before + row_partners + other[None, :], mask=cells, other=0.0)
             # The two orders of joining differ in the last bits; their mean is the same on both sides.
-            one = _join(_join(ac, bc, row_share, LINKAGE), _join(ad, bd, row_share, LINKAGE), part[None, :], LINKAGE)
-            two = _join(
+            rows_first = _join(
+                _join(ac, bc, row_share, LINKAGE), _join(ad, bd, row_share, LINKAGE), part[None, :], LINKAGE
+            )
+            columns_first = _join(
                 _join(ac, ad, part[None, :], LINKAGE), _join(bc, bd, part[None, :], LINKAGE), row_share, LINKAGE
             )
-            value = tl.where(cells & (rows[:, None] != own[None, :]), (one + two) * 0.5, NONE)
+            value = tl.where(
+                cells & (rows[:, None] != own[None, :]), (rows_first + columns_first) * 0.5, NOT_A_CANDIDATE
+            )
             tl.store(after + rows[:, None] * count + own[None, :], value, mask=cells)
             row_best, row_nearest = tl.max(value, axis=1, return_indices=True)
             tl.store(best + rows, row_best, mask=there)

@@ -86,7 +86,7 @@ def run(folder, **training):
 
 @pytest.mark.parametrize("more", [{}, {"torch_compile": True}, {"gradient_checkpointing": True}], ids=str)
 def test_a_run_trains_as_on_a_cpu(tmp_path, more):
-    """In float32: the same samples and, where trees are those of nearly the same affinities, masks and losses."""
+    """In float32: the same samples, nearly the same losses. Trees of nearly equal affinities may differ."""
     on_cpu, on_gpu = run(tmp_path / "a"), run(tmp_path / "b", use_cpu=False, **more)
     assert losses_of(on_gpu) == pytest.approx(losses_of(on_cpu), rel=0.02)
     assert read_mask_log(on_gpu)[1] == read_mask_log(on_cpu)[1]  # the first step's masks are random

@@ -1,9 +1,12 @@
 """The kernel for GPUs merges as the rounds in torch do, to the last bit. Without a GPU Triton interprets it."""
 
+import os
+
 import pytest
 import torch
 from test_hierarchy_ehm import GRIDS, LINKAGES, attention_like_affinity, random_affinity
 
+import modeling_ehm
 from modeling_ehm import build_hierarchy, hierarchical_mask
 from modeling_ehm.hierarchy_ehm import MERGING, NonFiniteAffinityError, merge_in_rounds
 
@@ -12,6 +15,8 @@ from modeling_ehm import triton_merging
 from modeling_ehm.triton_merging import merge_on_gpu
 
 ON_GPU = torch.cuda.is_available()
+if not ON_GPU and "TRITON_INTERPRET" not in os.environ:
+    pytest.skip("torch does not use the GPU that is here", allow_module_level=True)
 DEVICE = "cuda" if ON_GPU else "cpu"
 
 
@@ -19,9 +24,11 @@ DEVICE = "cuda" if ON_GPU else "cpu"
 @pytest.mark.parametrize("method", LINKAGES)
 def test_the_kernel_merges_as_the_rounds_do(method, dtype, monkeypatch):
     """Ties, negative affinities and rounding included; masks must not depend on the device."""
-    if not ON_GPU:
-        monkeypatch.setattr(triton_merging, "FEW_PATCHES", (4, 128))  # several tiles of small matrices
-    for grid in GRIDS if ON_GPU else [(3, 6)]:
+    if not ON_GPU:  # several tiles of small matrices, with either pair of sizes
+        monkeypatch.setattr(triton_merging, "FEW_PATCHES", (4, 64))
+        monkeypatch.setattr(triton_merging, "MANY_PATCHES", (4, 128))
+        monkeypatch.setattr(triton_merging, "MOST_OF_FEW", 16)
+    for grid in [*GRIDS, (18, 18), (24, 24), (32, 32)] if ON_GPU else [(3, 4), (3, 6)]:
         uneven, smooth = random_affinity(2, grid[0] * grid[1], 2, dtype), attention_like_affinity(2, grid, 3, dtype)
         for affinity in (uneven, -3 * smooth, (smooth * 40).round()):
             assert_merged_alike(affinity, method)
@@ -38,16 +45,38 @@ def test_few_patches(count):
     assert_merged_alike(random_affinity(2, count, 0), "average")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e20, 0.5])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e20])
 def test_the_kernel_refuses_what_cannot_be_merged(value):
-    """Not finite, too large, and unlike the value on the other side; the diagonal is not read."""
-    affinity = random_affinity(3, 9, 1)
+    """On both sides of the diagonal, which itself is not read."""
+    affinity = random_affinity(3, 9, 1).to(DEVICE)
     affinity[:, range(9), range(9)] = float("nan")
     before = affinity.clone()
-    assert merge_on_gpu(affinity.to(DEVICE), "average") is not None
+    assert merge_on_gpu(affinity, "average") is not None
     assert torch.equal(affinity.nan_to_num(), before.nan_to_num())
-    affinity[1, 2, 4] = value
-    assert merge_on_gpu(affinity.to(DEVICE), "average") is None
+    affinity[1, 2, 4] = affinity[1, 4, 2] = value
+    assert merge_on_gpu(affinity, "average") is None
+
+
+def test_the_kernel_refuses_what_is_not_symmetric():
+    affinity = random_affinity(3, 9, 1).to(DEVICE)
+    affinity[1, 2, 4] += 1e-12
+    assert merge_on_gpu(affinity, "average") is None
+
+
+def test_where_the_kernel_cannot_be_built_rounds_merge(monkeypatch):
+    """With a warning that tells why, and from then on at once; the same trees."""
+
+    def fail(*arguments):
+        raise RuntimeError("Failed to find C compiler")
+
+    affinity = random_affinity(2, 9, 1).to(DEVICE)
+    monkeypatch.setitem(MERGING, "cuda", modeling_ehm._merge_on_gpu)
+    monkeypatch.setattr(triton_merging, "merge_on_gpu", fail)
+    with pytest.warns(UserWarning, match="Failed to find C compiler"):
+        merged = modeling_ehm._merge_on_gpu(affinity, "average")
+    assert "cuda" not in MERGING
+    for values, others in zip(merged, merge_in_rounds(affinity.clone(), "average"), strict=True):
+        assert torch.equal(values, others)
 
 
 def test_trees_and_errors_come_by_way_of_the_kernel(monkeypatch):
