@@ -17,6 +17,7 @@ from .hierarchy_ehm import LOWEST, NOBODY, merge_order
 AVERAGE, SINGLE, COMPLETE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LINKAGE_CODES = {"average": AVERAGE.value, "single": SINGLE.value, "complete": COMPLETE.value}
 NOT_A_CANDIDATE, LARGEST = tl.constexpr(NOBODY), tl.constexpr(-LOWEST)
+UNFUSED = {"enable_fp_fusion": False}  # a product and a sum rounded once would be another tree's
 STUCK, UNSOUND, MERGED = tl.constexpr(-1), tl.constexpr(0), tl.constexpr(1)
 # Warps of a program and values of a matrix that it holds at a time: of seven pairs on an H200 the fastest for few
 # patches, and one within a tenth of the fastest for many.
@@ -39,11 +40,13 @@ def merge_on_gpu(affinity: Tensor, linkage: str) -> tuple[Tensor, Tensor, Tensor
     parent = affinity.new_zeros(batch, count, dtype=torch.long)
     height = affinity.new_full((batch, count), float("inf"))
     merged_in = affinity.new_zeros(batch, count, dtype=torch.long)
+    if count == 1:  # nothing to merge, and Triton would compile a kernel of its own for the number 1
+        return parent, height, merged_in
     outcome = affinity.new_empty(batch, dtype=torch.int32)
     matrices = affinity.new_empty(batch, 2, count, count)  # of the last round, and of this one
     cluster_values = affinity.new_empty(batch, 4, count)  # best, floor, size, share: see _merge
     cluster_indices = affinity.new_empty(batch, 3, count, dtype=torch.int32)  # nearest, partner, those that are left
-    columns = max(16, triton.next_power_of_2(count))  # the compiler fails on smaller ones
+    columns = triton.next_power_of_2(count)
     num_warps, tile = FEW_PATCHES if columns <= MOST_OF_FEW else MANY_PATCHES
     with torch.cuda.device_of(affinity):  # Triton starts kernels on the current device
         _merge[(batch,)](
@@ -61,7 +64,7 @@ def merge_on_gpu(affinity: Tensor, linkage: str) -> tuple[Tensor, Tensor, Tensor
             ROWS=max(1, tile // columns),
             IN_DOUBLE=affinity.dtype == torch.float64,
             num_warps=num_warps,
-            enable_fp_fusion=False,  # a product and a sum rounded once would be another tree's
+            **UNFUSED,
         )
     worst = int(outcome.min())  # the one wait for the device
     if worst == STUCK.value:

@@ -1,10 +1,13 @@
 """The kernel for GPUs merges as the rounds in torch do, to the last bit. Without a GPU Triton interprets it."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from test_hierarchy_ehm import GRIDS, LINKAGES, attention_like_affinity, random_affinity
+from tiny_recipes import child_environment
 
 import modeling_ehm
 from modeling_ehm import build_hierarchy, hierarchical_mask
@@ -61,6 +64,30 @@ def test_the_kernel_refuses_what_is_not_symmetric():
     affinity = random_affinity(3, 9, 1).to(DEVICE)
     affinity[1, 2, 4] += 1e-12
     assert merge_on_gpu(affinity, "average") is None
+
+
+AHEAD_OF_TIME = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from modeling_ehm.triton_merging import UNFUSED, _merge
+
+for dtype in ("fp32", "fp64"):
+    kinds = dict.fromkeys(_merge.arg_names, f"*{dtype}")
+    kinds |= {"cluster_indices": "*i32", "parent": "*i64", "merged_in": "*i64", "outcome": "*i32", "count": "i32"}
+    constants = {"LINKAGE": 0, "COLUMNS": 32, "ROWS": 8, "IN_DOUBLE": dtype == "fp64"}
+    source = ASTSource(_merge, kinds | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    assembly = compile(source, target=GPUTarget("cuda", 90, 32), options=UNFUSED).asm["ptx"]
+    assert "fma." not in assembly and "bar.sync" in assembly
+"""
+
+
+def test_the_kernel_compiles_ahead_of_time(tmp_path):
+    """For an H100, where there is none: the interpreter takes what the compiler refuses."""
+    environment = child_environment(tmp_path) | {"TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run([sys.executable, "-c", AHEAD_OF_TIME], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_where_the_kernel_cannot_be_built_rounds_merge(monkeypatch):
