@@ -16,7 +16,7 @@ from torch import Tensor
 NOBODY, LOWEST = -1e30, -1e15
 
 # Faster ways to do what `merge_in_rounds` does, by type of device. They find the same trees, leave the affinity as it
-# is, and return None for one that is not clean. `modeling_ehm` adds one for CPUs where numba is installed, and one for
+# is, and return None for one that is not clean. `fast_merging` adds one for CPUs where numba is installed, and one for
 # GPUs where Triton is.
 MERGING: dict[str, Callable[[Tensor, str], tuple[Tensor, Tensor, Tensor] | None]] = {}
 

@@ -19,6 +19,7 @@ STEPS = {
     "hierarchy_ehm": 1,
     "compiled_merging": 2,
     "triton_merging": 2,
+    "fast_merging": 3,
     "masking_ehm": 2,
     "mask_policies_ehm": 3,
     "modeling_ehm": 4,

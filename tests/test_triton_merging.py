@@ -1,6 +1,7 @@
 """The kernel for GPUs merges as the rounds in torch do, to the last bit. Without a GPU Triton interprets it."""
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -9,8 +10,8 @@ import torch
 from test_hierarchy_ehm import GRIDS, LINKAGES, attention_like_affinity, random_affinity
 from tiny_recipes import child_environment
 
-import modeling_ehm
 from modeling_ehm import build_hierarchy, hierarchical_mask
+from modeling_ehm.fast_merging import available_merging, merge_on_gpu_or_in_rounds
 from modeling_ehm.hierarchy_ehm import MERGING, NonFiniteAffinityError, merge_in_rounds
 
 pytest.importorskip("triton")
@@ -97,13 +98,22 @@ def test_where_the_kernel_cannot_be_built_rounds_merge(monkeypatch):
         raise RuntimeError("Failed to find C compiler")
 
     affinity = random_affinity(2, 9, 1).to(DEVICE)
-    monkeypatch.setitem(MERGING, "cuda", modeling_ehm._merge_on_gpu)
+    monkeypatch.setitem(MERGING, "cuda", merge_on_gpu_or_in_rounds)
     monkeypatch.setattr(triton_merging, "merge_on_gpu", fail)
     with pytest.warns(UserWarning, match="Failed to find C compiler"):
-        merged = modeling_ehm._merge_on_gpu(affinity, "average")
+        merged = merge_on_gpu_or_in_rounds(affinity, "average")
     assert "cuda" not in MERGING
     for values, others in zip(merged, merge_in_rounds(affinity.clone(), "average"), strict=True):
         assert torch.equal(values, others)
+
+
+def test_without_a_compiler_there_is_no_kernel(monkeypatch):
+    """As Triton looks for one: by CC alone if that is set."""
+    monkeypatch.setattr(shutil, "which", {"clang": "/usr/bin/clang"}.get)
+    monkeypatch.delenv("CC", raising=False)
+    assert "cuda" in available_merging()
+    monkeypatch.setenv("CC", "icc")
+    assert "cuda" not in available_merging()
 
 
 def test_trees_and_errors_come_by_way_of_the_kernel(monkeypatch):
