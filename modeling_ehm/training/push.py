@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 # What a model directory is: weights, config, code, processor, card. Not optimiser states, logs or other checkpoints;
@@ -70,6 +71,7 @@ def push_folder(
         PushError: the Hub refused, could not be reached, or took too long.
     """
     command = [sys.executable, "-P", __file__, str(folder), repo_id, "--message", message, "--end-with-stdin"]
+    command += ["--pauses", *map(str, PAUSES)]
     command += ["--revision", revision] if revision else []
     command += ["--private"] if private else []
     watched, held = os.pipe()  # nothing is written; it ends with the process that holds its other end
@@ -87,13 +89,15 @@ def push_folder(
     return repo_id, commit
 
 
-def upload(folder: Path, repo_id: str, message: str, revision: str | None, private: bool | None) -> tuple[str, str]:
-    """As `push_folder`, in this process and without an end."""
+def upload(
+    folder: Path, repo_id: str, message: str, revision: str | None, private: bool | None, pauses: Sequence[float]
+) -> tuple[str, str]:
+    """As `push_folder`, in this process and without an end; `pauses` in seconds, one before each further try."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
-    for pause in (*PAUSES, None):
+    for pause in (*pauses, None):
         try:
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             if revision is not None:
@@ -112,7 +116,7 @@ def upload(folder: Path, repo_id: str, message: str, revision: str | None, priva
             cut = type(error).__module__.startswith("httpx")  # no answer at all
             if pause is None or not (cut or refused and error.response.status_code in TRANSIENT):
                 raise
-            print(f"{describe(error)}; trying again in {pause} s", file=sys.stderr)
+            print(f"{describe(error)}; trying again in {pause:g} s", file=sys.stderr)
             time.sleep(pause)
     raise AssertionError("the last try returns or raises")
 
@@ -139,6 +143,7 @@ def main() -> None:
     parser.add_argument("--message", default="Upload model")
     parser.add_argument("--revision")
     parser.add_argument("--private", action="store_const", const=True)
+    parser.add_argument("--pauses", nargs="*", type=float, default=PAUSES, help="seconds before each further try")
     parser.add_argument("--end-with-stdin", action="store_true", help=argparse.SUPPRESS)  # for push_folder
     options = vars(parser.parse_args())
     if options.pop("end_with_stdin"):

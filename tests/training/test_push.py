@@ -47,6 +47,11 @@ def folder(tmp_path):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch):
+    monkeypatch.setattr(push, "PAUSES", (0.1, 0.2, 0.3))
+
+
 @pytest.fixture
 def pushing(hub, folder, tmp_path, monkeypatch):
     """Push the folder as alice; other tokens and options on request."""
