@@ -42,6 +42,8 @@ def merge_on_gpu_or_in_rounds(affinity: Tensor, linkage: str) -> Merged | None:
         from .triton_merging import merge_on_gpu
 
         return merge_on_gpu(affinity, linkage)
+    except torch.OutOfMemoryError:  # rounds need more
+        raise
     except Exception as error:  # a kernel is built at its first use, which may lack headers, a folder, a version
         warnings.warn(
             f"trees are merged by slower rounds of torch, with the same result, since Triton's kernel fails: {error!r}",

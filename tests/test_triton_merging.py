@@ -107,6 +107,19 @@ def test_where_the_kernel_cannot_be_built_rounds_merge(monkeypatch):
         assert torch.equal(values, others)
 
 
+def test_what_does_not_fit_into_memory_is_no_reason_for_rounds(monkeypatch):
+    """Who asked for smaller batches until they fit has to be told."""
+
+    def fail(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setitem(MERGING, "cuda", merge_on_gpu_or_in_rounds)
+    monkeypatch.setattr(triton_merging, "merge_on_gpu", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        merge_on_gpu_or_in_rounds(random_affinity(2, 9, 1).to(DEVICE), "average")
+    assert "cuda" in MERGING
+
+
 def test_without_a_compiler_there_is_no_kernel(monkeypatch):
     """As Triton looks for one: by CC alone if that is set."""
     monkeypatch.setattr(shutil, "which", {"clang": "/usr/bin/clang"}.get)
