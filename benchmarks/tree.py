@@ -5,7 +5,8 @@
 Ours (machine code where numba is installed, one kernel on GPUs with Triton), the rounds in torch that travel with a
 checkpoint, on a CPU scipy's linkage image by image, and the clustering of the forerunner's code (25 parts, 15
 iterations), all from the same affinities in float32: uniform random ones, and smooth ones as a young encoder's
-attention. They take turns, in one process with one thread; medians of process time on a CPU, on a GPU of the clock.
+attention. They take turns, in one process with one thread; medians of process time on a CPU, on a GPU of the clock. Our
+share of scipy's time is the median of ratios of the same round.
 Writes OUT_STEM.json and the tables into OUT_STEM.md, between two marks.
 """
 
@@ -32,6 +33,7 @@ from modeling_ehm.masking_ehm import mask_from_scores, mask_scores
 
 SIDES = (8, 14, 16, 24, 32)
 NUM_PARTS = 25
+SHARE = "ours / scipy"
 FIT_FROM = 196  # patches; below, what does not grow with them weighs in
 
 
@@ -78,7 +80,7 @@ def ways_of(device: torch.device) -> dict[str, Callable[[Tensor], None]]:
 
 
 def measure(affinity: Tensor, setting: Setting, rounds: int) -> dict[str, float]:
-    """Milliseconds an image of each way, and of cutting and drawing a mask."""
+    """Milliseconds an image of each way, and of cutting and drawing a mask; on a CPU our share of scipy's."""
     count, seeds = affinity.shape[1], torch.arange(len(affinity), device=affinity.device)
     hierarchy = build_hierarchy(affinity)
     ways = ways_of(affinity.device)
@@ -90,7 +92,11 @@ def measure(affinity: Tensor, setting: Setting, rounds: int) -> dict[str, float]
             way(affinity)
             if number:  # the first may compile
                 seconds[name].append(setting.now() - started)
-    return {name: 1e3 * statistics.median(own) / len(affinity) for name, own in seconds.items()}
+    figures = {name: 1e3 * statistics.median(own) / len(affinity) for name, own in seconds.items()}
+    if "scipy" in seconds:
+        ratios = [a / b for a, b in zip(seconds["ours"], seconds["scipy"], strict=True)]
+        figures[SHARE] = statistics.median(ratios)
+    return figures
 
 
 def exponent(times: dict[int, float]) -> float:
@@ -107,13 +113,15 @@ def as_markdown(results: dict[str, dict[int, dict[str, float]]]) -> str:
     lines.append("| --- | --- |" + " --- |" * (len(counts) + 2))
     for kind, by_count in results.items():
         for name in by_count[counts[0]]:
+            if name == SHARE:
+                lines.append(
+                    f"| {kind} | {name} | " + " | ".join(f"{by_count[n][name]:.2f}" for n in counts) + " | | |"
+                )
+                continue
             times = {n: by_count[n][name] for n in counts}
             cells = [f"{time:.4f}" for time in times.values()] + [f"{exponent(times):.2f}"]
             cells.append(f"{exponent({n: times[n] for n in counts[-2:]}):.2f}")
             lines.append(f"| {kind} | {name} | " + " | ".join(cells) + " |")
-        if "scipy" in by_count[counts[0]]:
-            ratios = [f"{by_count[n]['ours'] / by_count[n]['scipy']:.2f}" for n in counts]
-            lines.append(f"| {kind} | ours / scipy | " + " | ".join(ratios) + " | | |")
     return "\n".join(lines)
 
 

@@ -19,7 +19,7 @@ from .hierarchy_ehm import LOWEST, NOBODY
 
 AVERAGE, SINGLE, COMPLETE = range(3)
 LINKAGE_CODES = {"average": AVERAGE, "single": SINGLE, "complete": COMPLETE}
-GONE = np.int64(-(2**63))  # sorts before every float's key
+WIDTH = 32  # values that loops take at a time, and more
 
 
 def can_cache() -> bool:
@@ -53,7 +53,7 @@ def merge_compiled(affinity: Tensor, linkage: str) -> tuple[Tensor, Tensor, Tens
     threads = min(torch.get_num_threads(), batch)
 
     def merge_share(first: int) -> bool:
-        scratch = np.empty((count, count), arrays[0].dtype)
+        scratch = np.full((count, padded(count)), NOBODY, arrays[0].dtype)
         bits = scratch.view(np.int32 if scratch.dtype == np.float32 else np.int64)
         shares = [array[first::threads] for array in arrays]
         return _merge_images(scratch, bits, LINKAGE_CODES[linkage], *shares)
@@ -64,26 +64,33 @@ def merge_compiled(affinity: Tensor, linkage: str) -> tuple[Tensor, Tensor, Tens
     return (parent, height, rank) if sound else None
 
 
+def padded(count: int) -> int:
+    """Columns of a row in memory: loops have no rest then, and rows of a power of two would share few cache lines."""
+    columns = -(-count // WIDTH) * WIDTH
+    return columns + WIDTH if columns % 1024 == 0 else columns
+
+
 @compiled(nogil=True)
 def _merge_images(scratch, bits, linkage, affinity, parent, height, rank):
     """Merge one image after the other in the same memory; False at the first one that is not clean."""
+    order = np.zeros(len(scratch) - 1, np.int64)
     for image in range(len(affinity)):
-        if not _copy_sound(affinity[image], scratch, scratch.dtype.type(-LOWEST)):
+        if not _copy_sound(affinity, image, scratch, scratch.dtype.type(-LOWEST)):
             return False
-        merged_in = np.zeros(len(scratch), np.int64)
-        _merge_image(scratch, bits, linkage, parent[image], height[image], merged_in)
-        _rank(height[image], merged_in, rank[image])
+        _merge_image(scratch, bits, linkage, parent[image], height[image], order)
+        _rank(height[image], order, rank[image])
     return True
 
 
 @compiled()
-def _copy_sound(affinity, similarity, largest):
+def _copy_sound(affinity, image, similarity, largest):
     """Copy an affinity, with nobody on its diagonal; whether it is symmetric, finite and not too large."""
-    similarity[:] = affinity
-    for i in range(len(similarity)):
+    count, sound = len(similarity), True
+    for i in range(count):
+        for j in range(count):
+            similarity[i, j] = affinity[image, i, j]
         similarity[i, i] = 0
-    sound = True
-    for i in range(len(similarity)):
+    for i in range(count):
         for j in range(i):
             value = similarity[i, j]
             sound &= (value == similarity[j, i]) & (np.abs(value) <= largest)  # false for NaN
@@ -92,85 +99,123 @@ def _copy_sound(affinity, similarity, largest):
 
 
 @compiled()
-def _merge_image(similarity, bits, linkage, parent, height, merged_in):
-    count = len(similarity)
+def _merge_image(similarity, bits, linkage, parent, height, order):
+    """Merge until one cluster is left; `order` takes the absorbed leaves by round, and within it ascending."""
+    count, columns = similarity.shape
     alive = np.arange(count)  # clusters that are left, ascending, each named by its smallest leaf
-    gone = np.zeros(count, np.int32)  # 1 for those that were absorbed
+    gone = np.ones(columns, np.int32)  # 1 for those that were absorbed, and beyond the last
+    gone[:count] = 0
     size = np.ones(count, similarity.dtype)
     floor = np.full(count, np.inf, similarity.dtype)  # height of the cluster's own last merge
-    nearest, best = np.zeros(count, np.int64), np.zeros(count, similarity.dtype)
-    partner = np.full(count, -1)  # of the clusters that merge in this round
+    nearest, best = np.zeros(columns, np.int32), np.zeros(columns, similarity.dtype)
+    keys = np.zeros(columns, bits.dtype)  # what `_look` compares
+    merges, looks = np.zeros(count, np.bool_), np.zeros(count, np.bool_)  # in this round: merges; looks again
     # The pairs of a round: who absorbs, who is absorbed, the first one's share of the members.
     absorbing, absorbed, share = np.zeros(count, np.int64), np.zeros(count, np.int64), np.zeros(count, similarity.dtype)
     between = np.zeros((count // 2 + 1, count // 2 + 1), similarity.dtype)
     for i in range(count):
-        _look(similarity, bits, gone, i, nearest, best)
-    left, step = count, 0
+        _look(similarity, bits, keys, gone, i, nearest, best)
+    left, merged = count, 0
     while left > 1:
-        step += 1
         pairs = 0
         for place in range(left):
             a = alive[place]
             b = nearest[a]
             if a < b and nearest[b] == a:
-                partner[a], partner[b], gone[b] = b, a, 1
+                merges[a] = merges[b] = True
+                gone[b] = 1
                 height[b] = min(best[b], floor[b], floor[a])
-                parent[b], merged_in[b] = a, step
+                parent[b] = a
                 absorbing[pairs], absorbed[pairs], share[pairs] = a, b, size[a] / (size[a] + size[b])
                 size[a] += size[b]
                 floor[a] = height[b]
                 pairs += 1
-        _join_pairs(similarity, linkage, absorbing[:pairs], absorbed, share, between)
-        for first in range(pairs):
-            a = absorbing[first]
-            _join_rows(similarity[a], similarity[absorbed[first]], share[first], linkage)
-            similarity[a, a] = NOBODY
-            for second in range(pairs):
-                if first != second:
-                    similarity[a, absorbing[second]] = between[first, second]
+        if pairs == 0:
+            raise AssertionError("no two clusters are each other's nearest, which cannot be")  # else for ever
+        for place in range(left):
+            x = alive[place]
+            looks[x] = merges[x] or merges[nearest[x]]
+        _join_pairs(similarity, linkage, pairs, absorbing, absorbed, share, between)
+        for pair in range(pairs):
+            _compare(similarity, absorbing[pair], nearest, best)
         kept = 0
         for place in range(left):
             x = alive[place]
             if gone[x]:
+                order[merged] = x
+                merged += 1
                 continue
             alive[kept] = x
             kept += 1
-            looks = partner[x] >= 0 or partner[nearest[x]] >= 0
-            if partner[x] < 0:
-                found, value = nearest[x], best[x]
+            if not merges[x]:
                 for pair in range(pairs):
-                    a = absorbing[pair]
-                    joined = _join(similarity[x, a], similarity[x, absorbed[pair]], share[pair], linkage)
-                    similarity[x, a] = joined
-                    # Seldom so; asked first, it keeps the compiler from computing both sides.
-                    if joined >= value and (joined > value or a < found):
-                        found, value = a, joined
-                nearest[x], best[x] = found, value
-            if looks:
-                _look(similarity, bits, gone, x, nearest, best)
+                    similarity[x, absorbing[pair]] = similarity[absorbing[pair], x]
+            if looks[x]:
+                _look(similarity, bits, keys, gone, x, nearest, best)
         left = kept
         for pair in range(pairs):
-            partner[absorbing[pair]] = partner[absorbed[pair]] = -1
+            merges[absorbing[pair]] = merges[absorbed[pair]] = False
 
 
 @compiled()
-def _look(similarity, bits, gone, i, nearest, best):
-    """Find the most alike of the clusters that are left; the first of equals."""
-    count, top = bits.shape[1], GONE
+def _look(similarity, bits, keys, gone, i, nearest, best):
+    """Find the most alike of the clusters that are left; the first of equals.
+
+    Compares the floats' bits as integers of the same order, of which the compiler takes maxima by vectors.
+    """
+    integer = bits.dtype.type
+    lowest = integer(np.iinfo(bits.dtype).min)  # sorts before every float
+    count, top = len(gone), lowest
     for j in range(count):
-        key = _key(bits[i, j]) if gone[j] == 0 else GONE
-        top = key if key > top else top
-    found = np.int64(count)
+        value = bits[i, j]
+        key = value if value >= 0 else integer(lowest - value)
+        keys[j] = key if gone[j] == 0 else lowest
+        top = keys[j] if keys[j] > top else top
+    found = np.int32(count)
     for j in range(count):
-        place = np.int64(j) if gone[j] == 0 and _key(bits[i, j]) == top else np.int64(count)
+        place = np.int32(j) if keys[j] == top else np.int32(count)
         found = place if place < found else found
     nearest[i], best[i] = found, similarity[i, found]
 
 
-@compiled(inline="always")
-def _key(bits):
-    """A float's bits as an integer of the same order, of which the compiler takes maxima by vectors."""
-    return np.int64(bits) if bits >= 0 else np.int64(np.iinfo(bits).min) - np.int64(bits)
+@compiled()
+def _compare(similarity, a, nearest, best):
+    """Note cluster `a`, which absorbed another one, as nearest of those to which it is nearer than theirs."""
+    name = np.int32(a)
+    for x in range(len(nearest)):
+        value = similarity[a, x]
+        nearer = (value > best[x]) | ((value == best[x]) & (name < nearest[x]))
+        best[x] = value if nearer else best[x]
+        nearest[x] = name if nearer else nearest[x]
+
+
+@compiled()
+def _join_pairs(similarity, linkage, pairs, absorbing, absorbed, share, between):
+    """Write similarities to merged clusters into the rows of those that absorb.
+
+    To each other: the mean of both orders of joining, unlike in the last bits.
+    """
+    for pair in range(pairs):
+        _join_rows(similarity, absorbing[pair], absorbed[pair], share[pair], linkage)
+    for p in range(pairs):
+        a = absorbing[p]
+        for q in range(pairs):
+            between[p, q] = _join(similarity[a, absorbing[q]], similarity[a, absorbed[q]], share[q], linkage)
+    for p in range(pairs):
+        a = absorbing[p]
+        for q in range(pairs):
+            similarity[a, absorbing[q]] = (between[p, q] + between[q, p]) / 2
+        similarity[a, a] = NOBODY
+
+
+@compiled()
+def _join_rows(similarity, a, b, share, linkage):
+    if linkage == AVERAGE:  # said here, so that the loop need not ask
+        for x in range(similarity.shape[1]):
+            similarity[a, x] = _join(similarity[a, x], similarity[b, x], share, AVERAGE)
+    else:
+        for x in range(similarity.shape[1]):
+            similarity[a, x] = _join(similarity[a, x], similarity[b, x], share, linkage)
 
 
 @compiled(inline="always")
@@ -182,34 +227,9 @@ def _join(kept, other, share, linkage):
 
 
 @compiled()
-def _join_rows(kept, other, share, linkage):
-    if linkage == AVERAGE:
-        for x in range(len(kept)):
-            kept[x] = _join(kept[x], other[x], share, AVERAGE)
-    else:
-        for x in range(len(kept)):
-            kept[x] = _join(kept[x], other[x], share, linkage)
-
-
-@compiled()
-def _join_pairs(similarity, linkage, absorbing, absorbed, share, between):
-    """Similarities of merged clusters to each other: the mean of both orders of joining, unlike in the last bits."""
-    for p in range(len(absorbing)):
-        a, b = absorbing[p], absorbed[p]
-        for q in range(p + 1, len(absorbing)):
-            c, d = absorbing[q], absorbed[q]
-            ac, ad, bc, bd = similarity[a, c], similarity[a, d], similarity[b, c], similarity[b, d]
-            one = _join(_join(ac, bc, share[p], linkage), _join(ad, bd, share[p], linkage), share[q], linkage)
-            two = _join(_join(ac, ad, share[q], linkage), _join(bc, bd, share[q], linkage), share[p], linkage)
-            between[p, q] = between[q, p] = (one + two) / 2
-
-
-@compiled()
-def _rank(height, merged_in, rank):
+def _rank(height, leaves, rank):
     """Places of the absorptions: by falling height, then by round, then by leaf; leaf 0 comes last."""
-    count = len(height)
-    leaves = np.argsort(merged_in[1:] * count + np.arange(count - 1)) + 1  # by round, then by leaf
-    order = leaves[np.argsort(-height[leaves], kind="mergesort")]
-    for place in range(count - 1):
-        rank[order[place]] = place
-    rank[0] = count - 1
+    order = np.argsort(-height[leaves], kind="mergesort")
+    for place in range(len(leaves)):
+        rank[leaves[order[place]]] = place
+    rank[0] = len(leaves)

@@ -82,9 +82,11 @@ def test_exponent(tree):
 def test_trees_are_timed_and_tabled(tree, monkeypatch):
     setting = tree.Setting(torch.device("cpu"), torch.float32, "sdpa", False)
     times = tree.measure(tree.smooth_affinity(2, 4, 0), setting, rounds=1)
-    assert times.keys() == {"ours", "scipy", "rounds in torch", "EPM's clustering", "cut and draw"}
+    assert times.keys() == {"ours", "scipy", "rounds in torch", "EPM's clustering", "cut and draw", tree.SHARE}
     assert all(time > 0 and math.isfinite(time) for time in times.values())
     monkeypatch.setattr(tree, "SIDES", (14, 28))
-    table = tree.as_markdown({"smooth": {196: {"ours": 1.0, "scipy": 2.0}, 784: {"ours": 4.0, "scipy": 16.0}}})
+    table = tree.as_markdown(
+        {"smooth": {196: {"ours": 1.0, "ours / scipy": 0.5}, 784: {"ours": 4.0, "ours / scipy": 0.25}}}
+    )
     assert "| smooth | ours | 1.0000 | 4.0000 | 1.00 | 1.00 |" in table
     assert "| smooth | ours / scipy | 0.50 | 0.25 | | |" in table
