@@ -263,6 +263,15 @@ def eager_attention(
     return output.transpose(1, 2).contiguous(), weights
 
 
+def as_autocast(hidden_states: Tensor) -> Tensor:
+    """In the type that autocast gives products, cast once: each of several products would cast its input anew."""
+    device_type = hidden_states.device.type
+    casts = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    if not casts or hidden_states.dtype == torch.float64:  # which it leaves alone
+        return hidden_states
+    return hidden_states.to(torch.get_autocast_dtype(device_type))
+
+
 class EHMAttention(nn.Module):
     def __init__(self, config: EHMConfig, hidden_size: int, num_heads: int):
         super().__init__()
@@ -359,7 +368,7 @@ class EHMLayer(GradientCheckpointingLayer):
                 `forward`, so that wrappers which gather sharded weights around a layer's call also serve the teacher.
             read_only: Return what is read alone, and compute nothing else.
         """
-        normed = self.layernorm_before(hidden_states)
+        normed = as_autocast(self.layernorm_before(hidden_states))
         found = None if read is None else self.attention.read(normed, read)
         if read_only:
             return found

@@ -264,6 +264,27 @@ def test_bfloat16_autocast(config):
     assert loss.item() == pytest.approx(exact.item(), rel=0.02)
 
 
+def test_autocast_casts_what_attention_reads_once(config, monkeypatch):
+    """And not once for queries, keys and values each; what comes out is the same to the bit."""
+    model = build(EHMModel, config)
+    seen = []
+    model.layers[0].attention.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].dtype))
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        once = model(some_images(2)).last_hidden_state
+        monkeypatch.setattr("modeling_ehm.modeling_ehm.as_autocast", lambda hidden_states: hidden_states)
+        thrice = model(some_images(2)).last_hidden_state
+    assert seen == [torch.bfloat16, torch.float32] and torch.equal(once, thrice)
+
+
+def test_without_autocast_nothing_is_cast(config):
+    model, seen = build(EHMModel, config), []
+    model.layers[0].attention.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].dtype))
+    for dtype in (torch.float32, torch.float64):
+        model.to(dtype)(some_images(2).to(dtype))
+    assert seen == [torch.float32, torch.float64]
+    assert model.to("meta")(some_images(2).to("meta", dtype)).last_hidden_state.shape == (2, 17, 64)
+
+
 def test_a_teacher_in_bfloat16_beside_a_student_in_float32(make_config):
     """Its affinities are those of autocast; the loss is in float32, and autocast ends with the teacher."""
     model = build(EHMForPreTraining, make_config(teacher_dtype="bfloat16")).train()
