@@ -20,6 +20,7 @@ from .hierarchy_ehm import LOWEST, NOBODY
 AVERAGE, SINGLE, COMPLETE = range(3)
 LINKAGE_CODES = {"average": AVERAGE, "single": SINGLE, "complete": COMPLETE}
 WIDTH = 32  # values that loops take at a time, and more
+PAGE = 4096  # bytes
 
 
 def can_cache() -> bool:
@@ -53,7 +54,7 @@ def merge_compiled(affinity: Tensor, linkage: str) -> tuple[Tensor, Tensor, Tens
     threads = min(torch.get_num_threads(), batch)
 
     def merge_share(first: int) -> bool:
-        scratch = np.full((count, padded(count)), NOBODY, arrays[0].dtype)
+        scratch = np.full((count, padded(count, arrays[0].itemsize)), NOBODY, arrays[0].dtype)
         bits = scratch.view(np.int32 if scratch.dtype == np.float32 else np.int64)
         shares = [array[first::threads] for array in arrays]
         return _merge_images(scratch, bits, LINKAGE_CODES[linkage], *shares)
@@ -64,10 +65,10 @@ def merge_compiled(affinity: Tensor, linkage: str) -> tuple[Tensor, Tensor, Tens
     return (parent, height, rank) if sound else None
 
 
-def padded(count: int) -> int:
-    """Columns of a row in memory: loops have no rest then, and rows of a power of two would share few cache lines."""
+def padded(count: int, itemsize: int) -> int:
+    """Columns of a row in memory: loops have no rest then, and columns do not lie a page apart, in few cache lines."""
     columns = -(-count // WIDTH) * WIDTH
-    return columns + WIDTH if columns % 1024 == 0 else columns
+    return columns + WIDTH if columns * itemsize % PAGE == 0 else columns
 
 
 @compiled(nogil=True)
@@ -83,7 +84,7 @@ def _merge_images(scratch, bits, linkage, affinity, parent, height, rank):
 
 
 @compiled()
-def _copy_sound(affinity, image, similarity, largest):
+def _copy_sound(affinity, image, similarity, too_large):
     """Copy an affinity, with nobody on its diagonal; whether it is symmetric, finite and not too large."""
     count, sound = len(similarity), True
     for i in range(count):
@@ -93,7 +94,7 @@ def _copy_sound(affinity, image, similarity, largest):
     for i in range(count):
         for j in range(i):
             value = similarity[i, j]
-            sound &= (value == similarity[j, i]) & (np.abs(value) <= largest)  # false for NaN
+            sound &= (value == similarity[j, i]) & (np.abs(value) < too_large)  # false for NaN
         similarity[i, i] = NOBODY
     return sound
 

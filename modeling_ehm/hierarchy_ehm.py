@@ -216,8 +216,8 @@ def _clean_affinity(affinity: Tensor) -> Tensor:
         raise NonFiniteAffinityError(
             "affinity holds NaN or infinite values; look for an overflow in the teacher's attention"
         )
-    if bool((off_diagonal.abs() > -LOWEST).any()):
-        raise ValueError(f"affinity holds values beyond {-LOWEST:.0e}; scale it")
+    if bool((off_diagonal.abs() >= -LOWEST).any()):
+        raise ValueError(f"affinity holds values of {-LOWEST:.0e} or beyond; scale it")
     if not bool((off_diagonal == off_diagonal.transpose(1, 2)).all()):
         # Mirrored pairs may differ in the last bits (two orders of one sum); anything more is a caller's mistake.
         if not torch.allclose(off_diagonal, off_diagonal.transpose(1, 2), rtol=1e-5, atol=1e-7):

@@ -294,6 +294,8 @@ class EHMAttention(nn.Module):
     def query_key(self, hidden_states: Tensor, num_queries: int | None = None) -> tuple[Tensor, Tensor]:
         """Queries of the last `num_queries` tokens (None: of all) and keys, each `(B, heads, T, head_dim)`."""
         asking = hidden_states if num_queries is None else hidden_states[:, -num_queries:]
+        if asking.dtype.itemsize < 4:  # of what is not in one piece a product is rounded before its bias is added
+            asking = asking.contiguous()
         return self.split_heads(self.q_proj(asking)), self.split_heads(self.k_proj(hidden_states))
 
     def read(self, hidden_states: Tensor, what: str) -> Tensor:

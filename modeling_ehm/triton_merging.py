@@ -16,7 +16,7 @@ from .hierarchy_ehm import LOWEST, NOBODY, merge_order
 
 AVERAGE, SINGLE, COMPLETE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 LINKAGE_CODES = {"average": AVERAGE.value, "single": SINGLE.value, "complete": COMPLETE.value}
-NOT_A_CANDIDATE, LARGEST = tl.constexpr(NOBODY), tl.constexpr(-LOWEST)
+NOT_A_CANDIDATE, TOO_LARGE = tl.constexpr(NOBODY), tl.constexpr(-LOWEST)
 UNFUSED = {"enable_fp_fusion": False}  # a product and a sum rounded once would be another tree's
 STUCK, UNSOUND, MERGED = tl.constexpr(-1), tl.constexpr(0), tl.constexpr(1)
 # Warps of a program and values of a matrix that it holds at a time: of seven pairs on an H200 the fastest for few
@@ -112,7 +112,7 @@ def _merge(
         value = tl.load(affinity + rows[:, None] * count + own[None, :], mask=cells, other=0.0)
         mirrored = tl.load(affinity + own[None, :] * count + rows[:, None], mask=cells, other=0.0)
         off_diagonal = cells & (rows[:, None] != own[None, :])
-        fits = (value == mirrored) & (tl.abs(value) <= LARGEST)  # false for NaN
+        fits = (value == mirrored) & (tl.abs(value) < TOO_LARGE)  # false for NaN
         sound = tl.minimum(sound, tl.min(tl.min((fits | (off_diagonal == 0)).to(tl.int32), axis=1), axis=0))
         value = tl.where(off_diagonal, value, NOT_A_CANDIDATE)
         tl.store(before + rows[:, None] * count + own[None, :], value, mask=cells)
@@ -131,7 +131,7 @@ def _merge(
         tl.debug_barrier()
         top = tl.load(best + own, mask=alive, other=NOT_A_CANDIDATE)
         near = tl.load(nearest + own, mask=alive, other=0)
-        mutual = alive & (tl.load(nearest + near, mask=alive, other=-1) == own) & (top > -LARGEST)
+        mutual = alive & (tl.load(nearest + near, mask=alive, other=-1) == own) & (top > -TOO_LARGE)
         absorbs, absorbed = mutual & (own < near), mutual & (own > near)
         # Rounding can put a mean a hair above its parts; a tree's heights never rise.
         level = tl.minimum(top, tl.load(floor + own, mask=alive, other=0.0))

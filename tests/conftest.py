@@ -10,6 +10,9 @@ import pytest
 if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))):  # no GPU of NVIDIA's or AMD's
     os.environ["TRITON_INTERPRET"] = "1"  # read when torch imports Triton: its kernels run as numpy
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # numba's index of machine code is not for two writers
+    os.environ["NUMBA_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / os.environ["PYTEST_XDIST_WORKER"])
+
 import torch
 from transformers.utils import logging
 

@@ -5,6 +5,7 @@ import torch
 from test_hierarchy_ehm import GRIDS, LINKAGES, attention_like_affinity, random_affinity
 
 from modeling_ehm import build_hierarchy
+from modeling_ehm.compiled_merging import padded
 from modeling_ehm.hierarchy_ehm import MERGING, merge_in_rounds
 
 
@@ -23,6 +24,7 @@ def test_compiled_merging_is_the_other_one_to_the_last_bit(scale, method, dtype)
 
 def test_rows_as_long_as_memory_pages():
     """Of 1024 patches, which are laid out in longer rows."""
+    assert [padded(n, 4) for n in (1, 32, 33, 1024)] == [32, 32, 64, 1056] and padded(512, 8) == 544
     affinity = attention_like_affinity(1, (32, 32), 3)
     for values, others in zip(
         merge_in_rounds(affinity.clone(), "average"), MERGING["cpu"](affinity, "average"), strict=True
@@ -35,4 +37,5 @@ def test_compiled_merging_in_several_threads(monkeypatch):
     alone = build_hierarchy(affinity)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     shared = build_hierarchy(affinity)
-    assert torch.equal(alone.rank, shared.rank) and torch.equal(alone.parent, shared.parent)
+    for name in ("parent", "height", "rank"):
+        assert torch.equal(getattr(alone, name), getattr(shared, name))

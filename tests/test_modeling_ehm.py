@@ -265,15 +265,16 @@ def test_bfloat16_autocast(config):
 
 
 def test_autocast_casts_what_attention_reads_once(config, monkeypatch):
-    """And not once for queries, keys and values each; what comes out is the same to the bit."""
-    model = build(EHMModel, config)
-    seen = []
-    model.layers[0].attention.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].dtype))
-    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
-        once = model(some_images(2)).last_hidden_state
+    """And not once for queries, keys and values each; the loss is the same to the bit."""
+    model, seen = build(EHMForPreTraining, config).train(), []
+    assert all(parameter.any() for parameter in model.parameters())  # biases too
+    model.ehm.layers[0].attention.register_forward_hook(lambda _, inputs, output: seen.append(inputs[0].dtype))
+    arguments = {"pixel_values": some_images(2), "bool_masked_pos": some_masks(2)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        once = model(**arguments).loss
         monkeypatch.setattr("modeling_ehm.modeling_ehm.as_autocast", lambda hidden_states: hidden_states)
-        thrice = model(some_images(2)).last_hidden_state
-    assert seen == [torch.bfloat16, torch.float32] and torch.equal(once, thrice)
+        thrice = model(**arguments).loss
+    assert seen == [torch.bfloat16, torch.float32] and once.item() == thrice.item()
 
 
 def test_without_autocast_nothing_is_cast(config):
