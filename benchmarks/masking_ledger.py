@@ -36,6 +36,7 @@ from modeling_ehm.training.recipes import Recipe
 from modeling_ehm.training.tasks import load_recipe, pretrain
 
 BUDGETS = STEPS, TIME = "equal steps", "equal time"
+AS_GOOD_AS_EQUAL = 0.02  # relative difference of steps: costs are measured no better
 FIGURES = {  # of an evaluation in pre-training, and of the downstream recipes: heading, name, factor
     "eval_loss": ("loss", 1),
     "eval_knn": ("k-NN", 1),
@@ -256,7 +257,7 @@ def steps_of(plan: Plan, costs: dict[str, float], setting: str, budget: str) -> 
     if budget == STEPS:
         return steps
     fitting = round(steps / costs[setting])
-    return steps if abs(fitting - steps) <= 0.01 * steps else fitting
+    return steps if abs(fitting - steps) <= AS_GOOD_AS_EQUAL * steps else fitting
 
 
 def runs_of(plan: Plan, costs: dict[str, float], work: Path) -> dict[tuple[str, str, int], Run]:

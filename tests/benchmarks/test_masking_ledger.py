@@ -69,7 +69,8 @@ def test_who_is_slower_takes_fewer_steps_in_the_same_time(ledger, tmp_path):
     plan = plan_of(ledger, tmp_path)
     assert ledger.steps_of(plan, {"ehm": 1.25}, "ehm", ledger.STEPS) == 1000
     assert ledger.steps_of(plan, {"ehm": 1.25}, "ehm", ledger.TIME) == 800
-    assert ledger.steps_of(plan, {"ehm": 1.005}, "ehm", ledger.TIME) == 1000  # as good as equal
+    assert ledger.steps_of(plan, {"ehm": 1.015}, "ehm", ledger.TIME) == 1000  # as good as equal
+    assert ledger.steps_of(plan, {"ehm": 1.03}, "ehm", ledger.TIME) == 971
 
 
 def test_a_policy_of_ones_own_is_measured(ledger, tmp_path, monkeypatch):
