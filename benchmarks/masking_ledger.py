@@ -32,6 +32,7 @@ from downstream import ROOT, cell, finished_results, machine, run_all, run_one, 
 from step import Setting, time_steps
 
 from modeling_ehm.training.arguments import EHMTrainingArguments
+from modeling_ehm.training.pretrained import load_for_pretraining
 from modeling_ehm.training.recipes import Recipe
 from modeling_ehm.training.tasks import load_recipe, pretrain
 
@@ -209,7 +210,10 @@ def measure_costs(plan: Plan, names: list[str], rounds: int) -> dict[str, float]
     setting = Setting(device, precision, args.attn_implementation, compiled=False)
     for recipe in recipes.values():
         pretrain.import_modules(recipe.training.get("import_modules", []))
-    models = {name: pretrain.build_model(recipe, setting.attention).to(device) for name, recipe in recipes.items()}
+    models = {
+        name: load_for_pretraining(recipe.pretrained, setting.attention, **recipe.model).to(device)
+        for name, recipe in recipes.items()
+    }
     for model in models.values():
         model.train()
         if model.config.teacher == "ema":

@@ -1,5 +1,7 @@
 """Configuration of Evolved Hierarchical Masking (EHM): ViT encoder, MAE decoder, hierarchy, masks, and the heads."""
 
+import dataclasses
+
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
@@ -23,6 +25,7 @@ AFFINITIES = ("attention", "keys")
 LINKAGES = ("average", "single", "complete")
 NODE_CURVES = ("linear", "log", "cosine")
 POOLINGS = ("mean", "cls")
+OUTPUTS = ("out_features", "out_indices", "_out_features", "_out_indices")  # all say which feature maps there are
 
 
 def to_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
@@ -147,6 +150,27 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
         )
         super().__post_init__(**kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As for all configs, but overrides are built in with the rest, so that their values are checked as its are.
+
+        The library sets them on the finished object, where nothing is checked and nothing follows from them.
+
+        Args:
+            config_dict: Fields as saved.
+            kwargs: Fields that win over them, and what the library adds.
+
+        Raises:
+            StrictDataclassError: values that do not go together; the field is named.
+        """
+        own = {field.name for field in dataclasses.fields(cls)} - {f.name for f in dataclasses.fields(PreTrainedConfig)}
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own.union(OUTPUTS)}
+        saved, depth = dict(config_dict), config_dict.get("num_hidden_layers", cls.num_hidden_layers)
+        is_default = saved.get("out_features") == [f"stage{depth}"]  # the last one, which moves with the depth
+        if overrides.keys() & set(OUTPUTS) or (is_default and overrides.get("num_hidden_layers", depth) != depth):
+            saved = {name: value for name, value in saved.items() if name not in OUTPUTS}
+        return super().from_dict(saved | overrides, **kwargs)
+
     @property
     def grid_size(self) -> tuple[int, int]:
         """Patches along height and width of an image of the native size."""
@@ -209,6 +233,11 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
                 )
         if self.num_channels < 1:
             raise ValueError(f"num_channels={self.num_channels} must be at least 1")
+        if self.patch_dim == 1 and self.norm_pix_loss:
+            raise ValueError(
+                f"patch_size={self.patch_size} with num_channels=1 leaves one number a patch, which norm_pix_loss"
+                " cannot normalise; make the patch larger, or set norm_pix_loss to False"
+            )
 
     def _check_widths(self):
         for prefix in ("", "decoder_"):

@@ -176,3 +176,47 @@ def test_wrong_types_name_the_field(make_config, changes, field):
 def test_extremes_are_accepted(make_config, changes):
     config = make_config(**changes)
     assert 0 < config.num_hidden_patches(config.num_patches) < config.num_patches
+
+
+# Overrides of a saved config
+
+
+@pytest.fixture
+def saved(tmp_path):
+    EHMConfig(num_hidden_layers=3, affinity_layers=[-1]).save_pretrained(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "override, problem",
+    [
+        ({"mask_ratio": 7.0}, "mask_ratio=7.0 must lie strictly between 0 and 1"),
+        ({"pooling": "avg"}, "pooling='avg' is not one of mean, cls"),
+        ({"image_size": 39}, "image_size=39 is not a multiple of patch_size=16"),
+        ({"hidden_size": "768"}, "hidden_size"),
+        ({"reshape_hidden_states": False, "feature_scales": [2]}, "feature_scales=.* needs maps"),
+    ],
+)
+@pytest.mark.parametrize("load", [EHMConfig.from_pretrained, AutoConfig.from_pretrained])
+def test_overrides_are_checked_as_the_rest(saved, load, override, problem):
+    with pytest.raises(StrictDataclassError, match=problem):
+        load(saved, **override)
+
+
+def test_what_follows_from_a_field_follows_its_override(saved):
+    config, unused = EHMConfig.from_pretrained(saved, num_hidden_layers=2, color="red", return_unused_kwargs=True)
+    assert config.stage_names == ["stem", "stage1", "stage2"] and config.out_features == ["stage2"]
+    assert config.resolved_affinity_layers == (1,) and unused == {"color": "red"}
+    config = EHMConfig.from_pretrained(saved, out_indices=[1, 3], num_labels=7)
+    assert config.out_features == ["stage1", "stage3"] and config.num_labels == 7
+    config.save_pretrained(saved)
+    assert EHMConfig.from_pretrained(saved, out_features=["stage2"]).out_indices == [2]
+    assert EHMConfig.from_pretrained(saved, mask_ratio=0.5).out_indices == [1, 3]
+    with pytest.raises(ValueError, match="stage3"):  # chosen, so not moved in silence
+        EHMConfig.from_pretrained(saved, num_hidden_layers=2)
+
+
+def test_one_number_a_patch_cannot_be_normalised():
+    with pytest.raises(StrictDataclassError, match="patch_size=1 with num_channels=1 leaves one number a patch"):
+        EHMConfig(image_size=8, patch_size=1, num_channels=1)
+    EHMConfig(image_size=8, patch_size=1, num_channels=1, norm_pix_loss=False)

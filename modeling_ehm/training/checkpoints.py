@@ -1,4 +1,4 @@
-"""Checkpoints: whole or ignored; where a run goes on, and with which weights a task starts.
+"""Checkpoints: whole or ignored; where a run goes on.
 
 A checkpoint is written aside, flushed to the disk, renamed, and last of all marked with a list of its files. Whenever
 the machine dies, a folder `checkpoint-N` with its mark and all that this lists is whole, and any other is left aside.
@@ -6,6 +6,7 @@ the machine dies, a folder `checkpoint-N` with its mark and all that this lists 
 
 import errno
 import fcntl
+import itertools
 import json
 import logging
 import os
@@ -14,17 +15,12 @@ import shutil
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
-from transformers import AutoConfig
 
-from modeling_ehm.configuration_ehm import EHMConfig
-from modeling_ehm.conversion import check_keys, from_vit_mae, quiet_loading
-from modeling_ehm.modeling_ehm import EHMModel
 from modeling_ehm.training.arguments import ImageTrainingArguments
 from modeling_ehm.training.recipes import RecipeError
 
 logger = logging.getLogger(__name__)
 
-HEADS = ("decoder", "classifier", "norm")  # of our pre-training, classification and segmentation checkpoints
 STAGING = ".unfinished"  # folder in the output folder in which a checkpoint is written
 MARK = "whole.json"  # sizes of all files of a checkpoint in bytes, by name
 LOCK = ".lock"
@@ -199,56 +195,12 @@ def _choose_checkpoint(args: ImageTrainingArguments) -> str | None:
 
 
 def set_aside(checkpoints: list[Path], reason: str) -> None:
-    """Rename checkpoints to `abandoned-step-N`, so that none is taken for one of the run, nor removed."""
+    """Rename checkpoints to `abandoned-step-N`, then `abandoned-step-N-2`, so that none is taken for one of the run.
+
+    Nor is any removed, however often a run is sent back.
+    """
     for path in checkpoints:
-        aside = path.with_name(f"abandoned-step-{step_of(path)}")
-        shutil.rmtree(aside, ignore_errors=True)
+        names = (f"abandoned-step-{step_of(path)}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+        aside = next(free for name in names if not (free := path.with_name(name)).exists())
         path.rename(aside)
         logger.warning("%s is now %s: %s", path, aside.name, reason)
-
-
-def load_encoder(pretrained: str | None, attn_implementation: str, **config_overrides) -> EHMModel:
-    """The encoder of a checkpoint, or one with random weights.
-
-    Args:
-        pretrained: Directory or Hub id of an EHM checkpoint with or without decoder or head, or of a ViTMAE; None
-            draws the weights from torch's generator.
-        attn_implementation: Attention kernels.
-        config_overrides: Fields of `EHMConfig` that differ from the checkpoint's. For another `image_size` or channel
-            order nothing is interpolated: the sin-cos positions are made anew for the grid.
-
-    Raises:
-        ValueError: another kind of model; weights missing, left over or of another shape (all named).
-        OSError: the directory lacks a file; transformers names it.
-    """
-    if pretrained is None:
-        return EHMModel._from_config(EHMConfig(**config_overrides), attn_implementation=attn_implementation)
-    try:
-        kind = AutoConfig.from_pretrained(pretrained).model_type
-    except OSError as error:  # names neither the field nor, for what looks like a Hub id, the missing folder
-        raise OSError(
-            f"model.pretrained={pretrained!r} is no directory that holds a model, nor could it be read from the Hub:"
-            f" {error}"
-        ) from None
-    if kind == "vit_mae":
-        encoder = from_vit_mae(pretrained, **config_overrides).ehm.train()
-        encoder.set_attn_implementation(attn_implementation)
-        return encoder
-    if kind != "ehm":
-        raise RecipeError(f"model.pretrained={pretrained!r} is of type {kind!r}; ehm and vit_mae can be used")
-    config = EHMConfig.from_pretrained(pretrained, **config_overrides)
-    with quiet_loading():
-        encoder, report = EHMModel.from_pretrained(
-            pretrained,
-            config=config,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-        )
-    mismatched = {name for name, *_ in report["mismatched_keys"]}
-    if config.grid_size != EHMConfig.from_pretrained(pretrained).grid_size:
-        mismatched.discard("embeddings.position_embeddings")  # made anew for this grid
-    heads = [key for key in report["unexpected_keys"] if key.split(".")[0] in HEADS]
-    unused = set(report["unexpected_keys"]) - set(heads)
-    check_keys(f"the weights in {pretrained} do not fit EHMModel", report["missing_keys"], unused, mismatched)
-    return encoder.train()

@@ -27,7 +27,6 @@ from modeling_ehm.configuration_ehm import to_pair
 from modeling_ehm.modeling_ehm import evaluation_mode
 from modeling_ehm.training import hub, pictures
 from modeling_ehm.training.arguments import AlignmentTrainingArguments
-from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.conversations import (
     IGNORED,
     ConversationError,
@@ -51,6 +50,7 @@ from modeling_ehm.training.data import (
 from modeling_ehm.training.decoding import decode_image
 from modeling_ehm.training.labelled import ImageData, LabelledRows, check_channels, count_steps, image_processor
 from modeling_ehm.training.metrics import as_evaluate_metric, exact_match
+from modeling_ehm.training.pretrained import load_encoder
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.recorded_trainer import RecordedTrainer
 from modeling_ehm.training.tasks import finetuning

@@ -13,7 +13,6 @@ from modeling_ehm.configuration_ehm import to_pair
 from modeling_ehm.modeling_ehm import EHMForImageClassification, EHMModel
 from modeling_ehm.training import augment
 from modeling_ehm.training.arguments import TaskTrainingArguments
-from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import check_crops, random_resized_crop
 from modeling_ehm.training.decoding import to_uint8_tensor
 from modeling_ehm.training.labelled import (
@@ -31,6 +30,7 @@ from modeling_ehm.training.labelled import (
     resized,
 )
 from modeling_ehm.training.metrics import as_evaluate_metric
+from modeling_ehm.training.pretrained import load_encoder
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.task_trainer import TaskTrainer
 from modeling_ehm.training.tasks import finetuning

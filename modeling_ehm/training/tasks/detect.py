@@ -21,7 +21,6 @@ from modeling_ehm.configuration_ehm import EHMConfig, to_pair
 from modeling_ehm.modeling_ehm import evaluation_mode
 from modeling_ehm.training import pictures
 from modeling_ehm.training.arguments import TaskTrainingArguments
-from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import check_crops, random_resized_crop
 from modeling_ehm.training.decoding import FORMATS, to_uint8_tensor
 from modeling_ehm.training.labelled import (
@@ -35,6 +34,7 @@ from modeling_ehm.training.labelled import (
     resized,
 )
 from modeling_ehm.training.metrics import as_evaluate_metric
+from modeling_ehm.training.pretrained import load_encoder
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.task_trainer import TaskTrainer
 from modeling_ehm.training.tasks import finetuning

@@ -17,11 +17,11 @@ from transformers.trainer_utils import SaveStrategy
 from modeling_ehm.configuration_ehm import to_pair
 from modeling_ehm.modeling_ehm import EHMModel
 from modeling_ehm.training.arguments import TaskTrainingArguments
-from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import keyed_order
 from modeling_ehm.training.features import frozen_features
 from modeling_ehm.training.labelled import KeyedExamples, LabelledRows, image_processor
 from modeling_ehm.training.metrics import top_k_accuracy
+from modeling_ehm.training.pretrained import load_encoder
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.task_trainer import TaskTrainer
 from modeling_ehm.training.tasks import finetuning

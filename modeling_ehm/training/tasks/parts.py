@@ -16,7 +16,6 @@ from modeling_ehm.configuration_ehm import to_pair
 from modeling_ehm.modeling_ehm import EHMModel, evaluation_mode
 from modeling_ehm.training import metrics, pictures
 from modeling_ehm.training.arguments import TaskTrainingArguments
-from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import (
     ImageSource,
     Normalizer,
@@ -24,6 +23,7 @@ from modeling_ehm.training.data import (
 )
 from modeling_ehm.training.evaluation import HierarchyEvaluator, to_model
 from modeling_ehm.training.labelled import ImageData, check_channels
+from modeling_ehm.training.pretrained import load_encoder
 from modeling_ehm.training.recipes import Recipe, Schema
 from modeling_ehm.training.tasks import finetuning
 

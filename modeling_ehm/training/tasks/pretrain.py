@@ -7,10 +7,9 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, set_seed
+from transformers import set_seed
 
 from modeling_ehm.configuration_ehm import EHMConfig, to_pair
-from modeling_ehm.conversion import from_vit_mae
 from modeling_ehm.mask_policies_ehm import mask_policy_named
 from modeling_ehm.modeling_ehm import EHMForPreTraining
 from modeling_ehm.training import pictures
@@ -33,6 +32,7 @@ from modeling_ehm.training.evaluation import (
 )
 from modeling_ehm.training.hub import RunRecord
 from modeling_ehm.training.labelled import check_channels, count_steps, image_processor
+from modeling_ehm.training.pretrained import load_for_pretraining
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema, write_recipe
 from modeling_ehm.training.trainer import EHMTrainer
 
@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, trainer_class: type[EHMTrainer] = EHMTrainer) -> EHM
 
     set_seed(args.seed)  # before the model: the Trainer seeds too late for the initial weights
     import_modules(args.import_modules)
-    model = build_model(recipe, args.attn_implementation)
+    model = load_for_pretraining(recipe.pretrained, args.attn_implementation, **recipe.model)
     config = model.config
     mask_policy_named(config.mask_policy)  # here, not at the first step
     check_channels(config, recipe.data.image_mean)
@@ -121,24 +121,6 @@ def import_modules(names: list[str]) -> None:
             raise RecipeError(
                 f"training.import_modules names {name!r}, which is not found; put its folder on PYTHONPATH"
             ) from error
-
-
-def build_model(recipe: Recipe, attn_implementation: str) -> EHMForPreTraining:
-    """A model with MAE's random weights, or one that starts from an EHM or ViTMAE checkpoint."""
-    if recipe.pretrained is None:
-        return EHMForPreTraining._from_config(EHMConfig(**recipe.model), attn_implementation=attn_implementation)
-    kind = AutoConfig.from_pretrained(recipe.pretrained).model_type
-    if kind == "vit_mae":
-        model = from_vit_mae(recipe.pretrained, **recipe.model)
-    elif kind == "ehm":
-        config = EHMConfig.from_pretrained(recipe.pretrained, **recipe.model)
-        model = EHMForPreTraining.from_pretrained(recipe.pretrained, config=config)
-    else:
-        raise RecipeError(
-            f"model.pretrained={recipe.pretrained!r} is of type {kind!r}; only ehm and vit_mae can start a run"
-        )
-    model.set_attn_implementation(attn_implementation)
-    return model
 
 
 def forget_earlier_run(folder: Path) -> None:

@@ -19,7 +19,6 @@ from transformers.utils import ModelOutput
 from modeling_ehm.configuration_ehm import to_pair
 from modeling_ehm.modeling_ehm import EHMModel
 from modeling_ehm.training.arguments import TaskTrainingArguments
-from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import keyed_order
 from modeling_ehm.training.decoding import to_uint8_tensor
 from modeling_ehm.training.evaluation import pixel_features
@@ -37,6 +36,7 @@ from modeling_ehm.training.labelled import (
     resized,
 )
 from modeling_ehm.training.metrics import knn_accuracy, top_k_accuracy
+from modeling_ehm.training.pretrained import load_encoder
 from modeling_ehm.training.recipes import Recipe, Schema
 from modeling_ehm.training.recorded_trainer import RecordedTrainer
 from modeling_ehm.training.tasks import finetuning

@@ -20,11 +20,11 @@ from modeling_ehm.configuration_ehm import to_pair
 from modeling_ehm.modeling_ehm import EHMModel, evaluation_mode
 from modeling_ehm.training import descriptors
 from modeling_ehm.training.arguments import TaskTrainingArguments
-from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import ImageSource, Normalizer
 from modeling_ehm.training.decoding import to_uint8_tensor
 from modeling_ehm.training.labelled import ImageData, LabelledRows, check_channels, resized
 from modeling_ehm.training.metrics import as_evaluate_metric
+from modeling_ehm.training.pretrained import load_encoder
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.tasks import finetuning
 

@@ -30,7 +30,6 @@ from modeling_ehm.configuration_ehm import EHMConfig, to_pair
 from modeling_ehm.modeling_ehm import EHMForSemanticSegmentation, EHMModel, evaluation_mode
 from modeling_ehm.training import pictures
 from modeling_ehm.training.arguments import TaskTrainingArguments
-from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import ImageSource, check_crops, random_resized_crop
 from modeling_ehm.training.decoding import to_uint8_tensor
 from modeling_ehm.training.labelled import (
@@ -43,6 +42,7 @@ from modeling_ehm.training.labelled import (
     resized,
 )
 from modeling_ehm.training.metrics import confusion_matrix, segmentation_scores
+from modeling_ehm.training.pretrained import load_encoder
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema
 from modeling_ehm.training.task_trainer import TaskTrainer
 from modeling_ehm.training.tasks import finetuning

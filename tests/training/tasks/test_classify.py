@@ -25,8 +25,8 @@ from transformers import AutoModelForImageClassification, ViTConfig, ViTModel, p
 from modeling_ehm import EHMForImageClassification, EHMForPreTraining, EHMModel
 from modeling_ehm.modeling_ehm import sincos_positions
 from modeling_ehm.training.augment import mix_pair
-from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.labelled import KeyedExamples, keyed_uniform
+from modeling_ehm.training.pretrained import load_encoder
 from modeling_ehm.training.recipes import RecipeError
 from modeling_ehm.training.tasks import classify, load_recipe
 from modeling_ehm.training.tasks.classify import MIX_STREAM, ClassificationData, MixedPairs, put_classifier

@@ -28,10 +28,10 @@ from transformers.trainer_utils import EvalPrediction
 
 from modeling_ehm import EHMModel
 from modeling_ehm.modeling_ehm import sincos_positions
-from modeling_ehm.training.checkpoints import load_encoder
 from modeling_ehm.training.data import random_resized_crop
 from modeling_ehm.training.labelled import resized
 from modeling_ehm.training.pictures import render_segmentation
+from modeling_ehm.training.pretrained import load_encoder
 from modeling_ehm.training.recipes import RecipeError
 from modeling_ehm.training.tasks import load_recipe, segment
 from modeling_ehm.training.tasks.segment import (
