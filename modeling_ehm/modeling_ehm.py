@@ -934,7 +934,7 @@ class EHMForSemanticSegmentation(EHMPreTrainedModel):
             kwargs: `output_hidden_states`, `output_attentions`, `return_dict`.
 
         Returns:
-            `loss`, the mean cross-entropy over labelled pixels, if `labels` are given; `logits`
+            `loss`, the mean cross-entropy over labelled pixels (0 if there are none), if `labels` are given; `logits`
             `(B, num_labels, H, W)`, enlarged bilinearly from one vector a patch.
         """
         rows, columns = self.get_input_embeddings().grid_of(pixel_values)
@@ -944,7 +944,9 @@ class EHMForSemanticSegmentation(EHMPreTrainedModel):
         logits = F.interpolate(logits, size=pixel_values.shape[2:], mode="bilinear", align_corners=False)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(logits.float(), labels, ignore_index=self.config.semantic_loss_ignore_index)
+            ignored = self.config.semantic_loss_ignore_index
+            total = F.cross_entropy(logits.float(), labels, ignore_index=ignored, reduction="sum")
+            loss = total / (labels != ignored).sum().clamp(min=1)
         return SemanticSegmenterOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

@@ -14,7 +14,7 @@ from transformers.masking_utils import sdpa_mask
 
 from .configuration_ehm import to_pair
 from .hierarchy_ehm import PatchHierarchy, build_hierarchy, symmetrize
-from .modeling_ehm import EHMForPreTraining, EHMModel, attention_affinity, attention_map, key_affinity
+from .modeling_ehm import EHMPreTrainedModel, attention_affinity, attention_map, key_affinity
 
 RECORDER = "ehm_query_key_recorder"
 _recorded: list[tuple[Tensor, Tensor, float, Tensor | None]] | None = None
@@ -86,10 +86,10 @@ def parse_hierarchy(
         ValueError: the model's attention cannot be read, or its tokens do not match the patches. Nothing is ever
             substituted for a missing affinity.
     """
-    if isinstance(model, EHMForPreTraining | EHMModel):
+    if isinstance(model, EHMPreTrainedModel):
         if (affinity, layers, linkage) != ("attention", None, "average"):
             raise ValueError("an EHM model parses as its config says: set affinity, affinity_layers and linkage there")
-        return model.parse_hierarchy(pixel_values)
+        return (model if hasattr(model, "parse_hierarchy") else model.base_model).parse_hierarchy(pixel_values)
     if affinity not in ("attention", "keys"):
         raise ValueError(f"affinity={affinity!r} is not one of attention, keys")
     encoder = model.base_model if hasattr(model.base_model, "embeddings") else model  # without head or decoder

@@ -28,7 +28,16 @@ from transformers import (
     ViTModel,
 )
 
-from modeling_ehm import EHMForPreTraining, EHMModel, build_hierarchy, parse_hierarchy, parsing
+from modeling_ehm import (
+    EHMBackbone,
+    EHMForImageClassification,
+    EHMForPreTraining,
+    EHMForSemanticSegmentation,
+    EHMModel,
+    build_hierarchy,
+    parse_hierarchy,
+    parsing,
+)
 
 SIZES = {
     "image_size": 32,
@@ -190,11 +199,13 @@ def test_dropout_does_not_reach_the_affinity():
     assert torch.equal(first.height, second.height)
 
 
-@pytest.mark.parametrize("model_class", [EHMModel, EHMForPreTraining])
+@pytest.mark.parametrize(
+    "model_class", [EHMModel, EHMForPreTraining, EHMBackbone, EHMForImageClassification, EHMForSemanticSegmentation]
+)
 def test_our_models_follow_their_config(make_config, model_class):
     torch.manual_seed(0)
     model = model_class(make_config(affinity="keys", linkage="complete", affinity_layers=[1])).eval()
-    encoder = model if model_class is EHMModel else model.ehm
+    encoder = model if isinstance(model, EHMModel) else model.ehm
     images = some_images(2, 24, 56)
     expected = build_hierarchy(encoder.patch_affinity(images), "complete")
     hierarchy = parse_hierarchy(model, images)

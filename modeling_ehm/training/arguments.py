@@ -1,5 +1,6 @@
 """Arguments of training: `transformers.TrainingArguments` with MAE's recipes as defaults, and a few more."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -62,12 +63,22 @@ class ImageTrainingArguments(TrainingArguments):
                 " set itself is shuffled by (seed, pass), and a second shuffling would undo exact resuming"
             )
         self._check_pushes()
+        self._check_numbers()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else the Trainer refuses bf16, which CPUs can do too
         if self.use_cpu and "RANK" in os.environ:  # the Trainer would leave ddp_timeout out on CPUs
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
+        for name in ("save_strategy", "logging_strategy", "eval_strategy"):
+            if getattr(self, name) == "epoch":
+                raise ValueError(
+                    f"training.{name}='epoch': the data set holds all passes one after the other, so that the only"
+                    f" epoch's end is the run's; set it to steps, and {name.replace('strategy', 'steps')} (a share of"
+                    " the run if below 1)"
+                )
         if self.device.type == "cpu":
+            if self.fp16:  # accelerate would silently train in float32
+                raise ValueError("training.fp16=True: CPUs do not train in float16; set bf16 instead")
             self.dataloader_pin_memory = False  # nothing to pin for; torch would warn at every loader
             if self.fsdp:  # accelerate would silently train whole copies
                 raise ValueError(
@@ -83,6 +94,26 @@ class ImageTrainingArguments(TrainingArguments):
             size = self.per_device_train_batch_size
             raise ValueError(f"training.per_device_train_batch_size={size} must be at least 1")
         self._set_batch_and_length()
+
+    def _check_numbers(self) -> None:
+        """Refuse what would break the sequence of samples, or resuming, in silence."""
+        for name, why in (
+            ("auto_find_batch_size", "smaller batches would end the run before its images; set"
+             " gradient_accumulation_steps where memory is short"),
+            ("ignore_data_skip", "a resumed run would see images again, and others never"),
+            ("save_only_model", "without the optimiser's state no run goes on exactly; save_total_limit bounds the"
+             " disk"),
+        ):  # fmt: skip
+            if getattr(self, name):
+                raise ValueError(f"training.{name}=True: {why}; leave it out")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(
+                f"training.gradient_accumulation_steps={self.gradient_accumulation_steps} must be at least 1"
+            )
+        for name in ("learning_rate", "base_learning_rate"):
+            rate = getattr(self, name)
+            if rate is not None and not 0 <= rate < math.inf:
+                raise ValueError(f"training.{name}={rate} must be a number of at least 0")
 
     def _check_pushes(self) -> None:
         if self.hub_token is not None:
@@ -147,6 +178,14 @@ class EHMTrainingArguments(ImageTrainingArguments):
     import_modules: list[str] = field(default_factory=list, metadata={"help": "modules that register mask policies"})
 
     adam_beta2: float = 0.95
+
+    def __post_init__(self):
+        if self.load_best_model_at_end:
+            raise ValueError(
+                "training.load_best_model_at_end=True would save the weights of one step beside the figures of another;"
+                " leave it out, and take the checkpoint you want (save_total_limit says how many are kept)"
+            )
+        super().__post_init__()
 
 
 @dataclass

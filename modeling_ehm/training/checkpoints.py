@@ -15,6 +15,7 @@ import shutil
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
+from transformers.trainer import TRAINER_STATE_NAME
 
 from modeling_ehm.training.arguments import ImageTrainingArguments
 from modeling_ehm.training.recipes import RecipeError
@@ -189,7 +190,8 @@ def _choose_checkpoint(args: ImageTrainingArguments) -> str | None:
         )
     if Path(chosen).resolve().parent == folder.resolve():
         # They would count as newer than those of the run that goes on from here, and be gone back to.
-        later = [path for path in checkpoints_in(folder) if step_of(path) > step_of(Path(chosen))]
+        step = json.loads((Path(chosen) / TRAINER_STATE_NAME).read_text())["global_step"]  # its name may be another
+        later = [path for path in checkpoints_in(folder) if step_of(path) > step]
         set_aside(later, f"the run goes on from {Path(chosen).name}")
     return chosen
 

@@ -9,6 +9,7 @@ So the training set is an ordinary map-style dataset over positions, read in ord
 batches over processes and workers, and skips to any step on resume without decoding what it skips.
 """
 
+import dataclasses
 import json
 import logging
 import os
@@ -234,6 +235,11 @@ class IndexedSamples:
     def samples_per_pass(self) -> int:
         return len(self.dataset)
 
+    @property
+    def extent(self) -> dict[str, int]:
+        """How much there is, as far as that is known before it is read."""
+        return {"rows": len(self.dataset)}
+
     def candidates(self, position: int) -> Iterator[Sample]:
         """The sample at this position, then those that replace it, in order, if it cannot be decoded."""
         count = len(self.dataset)
@@ -262,6 +268,11 @@ class StreamedSamples:
         first.close()
         self._windows: Iterator[tuple[int, list[Sample]]] | None = None
         self._start, self._samples = 0, []
+
+    @property
+    def extent(self) -> dict[str, int]:
+        """As `IndexedSamples.extent`."""
+        return {"shards": self.dataset.num_shards}
 
     def candidates(self, position: int) -> Iterator[Sample]:
         """As `IndexedSamples.candidates`; replacements come from the same window, then from those after it."""
@@ -466,6 +477,10 @@ class UnusableData(RuntimeError):
     """Too few of the rows can be used to go on."""
 
 
+class UnusableRow(UnusableData, ValueError):
+    """A row of a labelled set cannot be used; such sets are small, and nothing of them is left out in silence."""
+
+
 class UnreadableShard(RuntimeError):
     """The file of a shard is broken; stands in the record for the rows that it may have held."""
 
@@ -496,6 +511,11 @@ class SampledExamples(torch.utils.data.Dataset):
         self.samples, self.num_positions, self.record = samples, num_positions, record
         self.max_skipped_share = max_skipped_share
         self.tried = self.skipped = 0  # rows, in this worker
+
+    @property
+    def extent(self) -> dict[str, int]:
+        """As `IndexedSamples.extent`."""
+        return self.samples.extent
 
     def read(self, sample: Sample, key: Sample):
         """Content of a row; whatever this raises makes the row a skipped one. `key` as for `make_example`."""
@@ -718,6 +738,23 @@ def _label(value, row: int, source: ImageSource) -> int:
             " numbers of classes"
         )
     return int(value)
+
+
+def identity_of(source: ImageSource, extent: dict[str, int]) -> dict:
+    """What decides which training images there are and in which order, by field, as `data.train.max_images`.
+
+    Of local files and folders only the last two parts of their path: a run goes on where its data have been moved.
+    """
+
+    def shortened(value):
+        if isinstance(value, str) and os.sep in value:
+            return os.path.join(*Path(value).parts[-2:])
+        if isinstance(value, dict):
+            return {name: shortened(one) for name, one in value.items()}
+        return [shortened(one) for one in value] if isinstance(value, list | tuple) else value
+
+    fields = {name: shortened(value) for name, value in dataclasses.asdict(source).items()}
+    return {f"data.train.{name}": value for name, value in (fields | extent).items() if value is not None}
 
 
 def describe_source(source: ImageSource, dataset: Dataset | IterableDataset | None = None) -> str:

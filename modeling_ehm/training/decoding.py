@@ -24,7 +24,8 @@ Pixels = PILImage.Image | np.ndarray  # an array is (H, W, 3) uint8
 def decode_image(encoded: dict, num_channels: int, max_pixels: int) -> PILImage.Image:
     """Decode `{"bytes", "path"}` into an upright PIL image with 1 (L), 3 (RGB) or 4 (RGBA) channels.
 
-    Sixteen-bit images are scaled to eight bits, EXIF orientation is applied, of animations the first frame is taken.
+    Sixteen-bit images are scaled to eight bits (transformers' image processors clip them instead), EXIF orientation is
+    applied, of animations the first frame is taken.
 
     Raises:
         ValueError: more than `max_pixels` pixels, or a number of channels that image files do not have.
@@ -35,8 +36,9 @@ def decode_image(encoded: dict, num_channels: int, max_pixels: int) -> PILImage.
     image = open_image(content_of(encoded), max_pixels)
     image.load()
     ImageOps.exif_transpose(image, in_place=True)  # otherwise an upright image is copied
-    if image.mode == "F":
-        raise ValueError("floating point pixels have no range that would say what is black and what is white")
+    if image.mode == "F" or image.mode == "I" and image.format != "PPM":  # whose own range Pillow scales to 16 bits
+        kind = "floating point" if image.mode == "F" else "32-bit"
+        raise ValueError(f"{kind} pixels have no range that would say what is black and what is white")
     if image.mode.startswith("I"):  # Pillow's own conversion clips at 255
         image = PILImage.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     return image if image.mode == MODES[num_channels] else image.convert(MODES[num_channels])

@@ -15,7 +15,7 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, e
 def told_in_one_line(error: Exception) -> str | None:
     """What to tell of an error of training; None if it is not known here."""
     if isinstance(error, UnusableData):  # from a worker it comes with that one's traceback before it
-        return _joined(str(error).split("UnusableData: ")[-1])
+        return _joined(str(error).split(f"{type(error).__name__}: ")[-1])
     if isinstance(error, CheckpointError | NonFiniteError | PushError):
         return _joined(str(error))
     if isinstance(error, OSError) and error.errno in NO_ROOM:

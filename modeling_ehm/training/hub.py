@@ -3,6 +3,7 @@
 import hashlib
 import importlib.metadata
 import json
+import logging
 import platform
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,9 +15,14 @@ from transformers import TrainerState
 from modeling_ehm.configuration_ehm import EHMConfig
 from modeling_ehm.training.data import read_skipped
 
+logger = logging.getLogger(__name__)
+
 VERSIONED = ("modeling_ehm", "torch", "transformers", "datasets", "accelerate", "huggingface_hub", "safetensors")
 LATER_SETTINGS = {"decoder": "pil"}  # what stood for settings that records of earlier versions do not have
-RESUME_KEYS = ("seed", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+ORDER_KEYS = ("seed", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
+LENGTH_KEYS = ("max_steps", "num_samples", "num_train_epochs")
+RESUME_KEYS = ORDER_KEYS + LENGTH_KEYS  # training arguments that a run keeps
+FOLDER_KEYS = ("resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config")  # may name folders
 HEAD_PATHS = ("language_model", "projector", "chat_template")  # fields of heads that may name folders of the machine
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
 TASK_TEMPLATE = Path(__file__).with_name("task_card_template.md")
@@ -39,10 +45,12 @@ class RunRecord:
         model: Fields of the config that the recipe set, and the weights it started from.
         augmentation: Fields of the data section other than the sources.
         training: Training arguments that the recipe set.
-        starts: One entry a start of this run: time, step resumed from, processes, versions.
+        starts: One entry a start of this run: time, step resumed from, processes, versions, training arguments that
+            were changed.
         references: Figures that need no training, as k-NN on raw pixels.
         folder: Output folder.
         task: Name of the task.
+        source: What decides which training images there are; see `data.identity_of`.
     """
 
     recipe: str
@@ -54,36 +62,26 @@ class RunRecord:
     starts: list[dict] = field(default_factory=list)
     references: dict = field(default_factory=dict)
     task: str = "pretrain"
+    source: dict = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
         return Path(self.folder) / "run.json"
 
     def settings(self) -> dict:
-        """What must not change when a run goes on: model, data, and what decides the order of samples."""
+        """What must not change when a run goes on: model, data, its length, and what decides the order of samples."""
         kept = {key: value for key, value in self.training.items() if key in RESUME_KEYS}
-        return {"data": self.data, **self.model, **self.augmentation, **kept}
+        return {"data": self.data, **self.source, **self.model, **self.augmentation, **kept}
 
     def begin(self, resumed_from: str | None, num_processes: int) -> None:
-        """Note this start, after those noted in the same folder if this one resumes that run.
+        """Note this start, after those of the run that it resumes, if it does.
+
+        Other training arguments than those that a run keeps, as rates, hold from this start on, and are noted with it.
 
         Raises:
             ValueError: the run that is resumed had other settings; its weights would get a config and a card that lie.
         """
-        if resumed_from is not None and self.path.exists():
-            earlier = json.loads(self.path.read_text())
-            self.starts = earlier.pop("starts")
-            now = json.loads(json.dumps(self.settings(), default=str))
-            before = {key: value for key, value in LATER_SETTINGS.items() if key in now}
-            before |= RunRecord(**earlier).settings()
-            if differing := sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k)):
-                shown = ", ".join(
-                    f"{key}={now.get(key, 'not set')!r} (was {before.get(key, 'not set')!r})" for key in differing
-                )
-                raise ValueError(
-                    f"{resumed_from} belongs to a run with other settings: {shown}; give them back their values,"
-                    " or choose another training.output_dir"
-                )
+        changed = {} if resumed_from is None else self._follow(resumed_from)
         self.starts.append(
             {
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -91,7 +89,30 @@ class RunRecord:
                 "processes": num_processes,
                 "python": platform.python_version(),
                 "versions": {name: importlib.metadata.version(name) for name in VERSIONED},
+                "changed": changed,
             }
+        )
+
+    def _follow(self, resumed_from: str) -> dict[str, str]:
+        """Take over the starts of the run that a checkpoint is of; returns which training arguments have changed."""
+        path = Path(resumed_from).absolute().parent / self.path.name
+        if not path.exists():
+            logger.warning("%s has no %s beside it: its run's settings are not known", resumed_from, path.name)
+            return {}
+        earlier = RunRecord(**json.loads(path.read_text()))
+        self.starts = earlier.starts
+        now, before = json.loads(json.dumps(self.settings(), default=str)), earlier.settings()
+        before = {key: value for key, value in LATER_SETTINGS.items() if key in now} | before
+        if not earlier.source:  # of an earlier version, which did not note it
+            before |= {key: now[key] for key in self.source}
+        if differing := _differences(before, now):
+            shown = ", ".join(f"{key}={told}" for key, told in differing.items())
+            raise ValueError(
+                f"{resumed_from} belongs to a run with other settings: {shown}; give them back their values, or choose"
+                " another training.output_dir, and model.pretrained to start a new run from these weights"
+            )
+        return _differences(
+            told_arguments(earlier.training), told_arguments(json.loads(json.dumps(self.training, default=str)))
         )
 
     def save(self) -> None:
@@ -99,6 +120,17 @@ class RunRecord:
         being_written = self.path.with_suffix(".tmp")  # a kill must not leave half a record, which no start could read
         being_written.write_text(json.dumps(self.__dict__, indent=2, default=str) + "\n")
         being_written.rename(self.path)
+
+
+def _differences(before: dict, now: dict) -> dict[str, str]:
+    """What is not the same in both, by key: `'new value' (was 'old value')`."""
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return {key: f"{now.get(key, 'not set')!r} (was {before.get(key, 'not set')!r})" for key in keys}
+
+
+def told_arguments(training: dict) -> dict:
+    """Training arguments without folders of the machine."""
+    return {key: value for key, value in training.items() if not key.endswith("_dir") and key not in FOLDER_KEYS}
 
 
 def sha256_of(path: Path) -> str:
@@ -169,6 +201,7 @@ def _describe_starts(run: RunRecord) -> str:
         + ("started" if s["resumed_from"] is None else f"resumed from {s['resumed_from']}")
         + f", {s['processes']} process(es), Python {s['python']}, "
         + ", ".join(f"{name} {version}" for name, version in s["versions"].items())
+        + "".join(f"; from here on {key}={told}" for key, told in s.get("changed", {}).items())
         for s in run.starts
     )
 
@@ -182,14 +215,12 @@ def _hashes(folder: Path) -> str:
 
 def _describe_settings(run: RunRecord) -> str:
     """The recipe's sections as YAML, without the places of data and folders of the machine."""
-    folders = ("resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config")
-    training = {k: v for k, v in run.training.items() if not k.endswith("_dir") and k not in folders}
     model = {key: value for key, value in run.model.items() if key != "pretrained"}
     sections = {"task": run.task, "model": model}
     if (head := model.pop("head", None)) is not None:  # Hub ids stay, of folders and files the last part does
         names = {key: Path(head[key]) for key in HEAD_PATHS if head.get(key)}
         sections["head"] = head | {key: path.name for key, path in names.items() if path.exists()}
-    sections |= {"data": run.augmentation, "training": training}
+    sections |= {"data": run.augmentation, "training": told_arguments(run.training)}
     return yaml.safe_dump(sections, sort_keys=False).rstrip()
 
 

@@ -22,6 +22,7 @@ from modeling_ehm.training.data import (
     IMAGENET_STD,
     SAMPLE_STREAM,
     ImageSource,
+    UnusableRow,
     check_normalization,
     find_image_column,
     keyed_bits,
@@ -123,14 +124,16 @@ class LabelledRows:
         """Columns of a row, `image` decoded to an upright PIL image, and its number as `row`.
 
         Raises:
-            ValueError: the image cannot be decoded; the row is named.
+            UnusableRow: the image cannot be decoded; the row is named.
         """
         columns = self.dataset[row] | {"row": row}
         try:
             columns["image"] = decode_image(columns["image"], self.num_channels, self.max_pixels)
         except Exception as error:  # Pillow raises nearly every type on broken files
             reason = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{self.source.path}: row {row} cannot be decoded ({reason})") from None
+            raise UnusableRow(
+                f"{self.source.path}: row {row} cannot be decoded ({reason}); mend it or leave it out of the data"
+            ) from None
         return columns
 
     def select(self, rows: np.ndarray) -> "LabelledRows":
@@ -177,6 +180,11 @@ class KeyedExamples(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return self.num_positions
+
+    @property
+    def extent(self) -> dict[str, int]:
+        """As `data.IndexedSamples.extent`."""
+        return {"rows": len(self.rows)}
 
     def __getitem__(self, position: int) -> dict:
         if not 0 <= position < self.num_positions:
@@ -280,10 +288,19 @@ def image_processor(
         image_std: As in `ImageData`.
         crop_pct: 1 resizes the image to the native size; below, its shorter side becomes native / crop_pct, and the
             centre is cut out.
+
+    Raises:
+        RecipeError: `crop_pct` below 1 for a native size that is not square, which images of other proportions do not
+            fill: the processor would fill up with black.
     """
     height, width = to_pair(config.image_size)
     sizes = {"size": {"height": height, "width": width}}
     if crop_pct < 1:
+        if height != width:
+            raise RecipeError(
+                f"data.crop_pct={crop_pct} with model.image_size={config.image_size}: the centre can be cut out for"
+                " square sizes only; set crop_pct to 1"
+            )
         sizes = {"size": {"shortest_edge": round(min(height, width) / crop_pct)}, "do_center_crop": True}
         sizes["crop_size"] = {"height": height, "width": width}
     return ViTImageProcessorPil(

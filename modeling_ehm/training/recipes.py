@@ -55,6 +55,16 @@ class Recipe:
     source: str
 
 
+class UniqueKeyLoader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML keeps the last: a second section would undo the first."""
+
+    def construct_mapping(self, node, deep=False):
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def read_recipe(path: str | Path, overrides: Sequence[str], schemas: dict[str, Schema]) -> Recipe:
     """Read a recipe file and apply `section.key=value` overrides, whose values are YAML.
 
@@ -110,7 +120,7 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+        sections = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -126,7 +136,7 @@ def _override(sections: dict, override: str) -> None:
     if not equals or not key or not all(parents) or not last:
         raise RecipeError(f"override {override!r} must look like section.key=value, as in training.max_steps=10")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, UniqueKeyLoader)
     except yaml.YAMLError as error:
         raise RecipeError(
             f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())}"

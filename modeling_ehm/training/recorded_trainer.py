@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_utils import HubStrategy
@@ -149,13 +150,34 @@ class RecordedTrainer(Trainer):
             names = watched.batches[0].keys()
             batch = {name: torch.cat([one[name] for one in watched.batches]).cpu() for name in names}
             save_file(batch, stem.with_suffix(".safetensors"), metadata={"format": "pt"})
+        loss = next((loss for loss in told["losses"] if not math.isfinite(loss)), told["losses"][-1])
         raise NonFiniteError(
-            f"step {step}: loss {told['losses'][-1]}, norm of the gradient {told['grad_norm']}. What it was trained on"
+            f"step {step}: loss {loss}, norm of the gradient {told['grad_norm']}. What it was trained on"
             f" is in {stem}.*; no checkpoint was written since. Started again as it is, the run would meet it again:"
             " lower training.base_learning_rate, or set training.max_grad_norm"
         )
 
     # Checkpoints
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """As the Trainer does, but rates, betas and weight decay are the recipe's, which may have changed since.
+
+        Unchanged they are the same numbers as those loaded.
+        """
+        if checkpoint is None or self.is_deepspeed_enabled:  # DeepSpeed loads its own
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        groups = [{key: v for key, v in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        base_rates = getattr(self.lr_scheduler, "base_lrs", None)
+        super()._load_optimizer_and_scheduler(checkpoint)
+        for group, asked in zip(self.optimizer.param_groups, groups, strict=True):
+            group |= {key: value for key, value in asked.items() if key != "lr"}
+        if isinstance(self.lr_scheduler, LambdaLR):  # all of transformers' but those that watch a figure
+            step, lambdas = self.lr_scheduler.last_epoch, self.lr_scheduler.lr_lambdas
+            self.lr_scheduler.base_lrs = base_rates
+            rates = [base * factor(step) for base, factor in zip(base_rates, lambdas, strict=True)]
+            self.lr_scheduler._last_lr = rates
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         # Stock models save under the names of older versions, which the Trainer cannot resume from (transformers issue

@@ -151,3 +151,24 @@ def test_how_long_to_train_can_be_said_in_samples(tmp_path):
         arguments(tmp_path, num_samples=70, global_batch_size=16, max_steps=3)
     with pytest.raises(ValueError, match="num_samples=7 is less than one step of 16 images"):
         arguments(tmp_path, num_samples=7, global_batch_size=16)
+
+
+@pytest.mark.parametrize(
+    "options, problem",
+    [
+        ({"auto_find_batch_size": True}, "auto_find_batch_size=True: smaller batches would end the run before"),
+        ({"ignore_data_skip": True}, "ignore_data_skip=True: a resumed run would see images again"),
+        ({"save_only_model": True}, "save_only_model=True: without the optimiser's state no run goes on exactly"),
+        ({"save_strategy": "epoch"}, "save_strategy='epoch': .* set it to steps, and save_steps"),
+        ({"logging_strategy": "epoch"}, "logging_strategy='epoch': .* set it to steps, and logging_steps"),
+        ({"eval_strategy": "epoch"}, "eval_strategy='epoch': .* set it to steps, and eval_steps"),
+        ({"fp16": True}, "fp16=True: CPUs do not train in float16; set bf16"),
+        ({"gradient_accumulation_steps": 0, "global_batch_size": 8}, "gradient_accumulation_steps=0 must be at least"),
+        ({"base_learning_rate": float("nan")}, "base_learning_rate=nan must be a number"),
+        ({"base_learning_rate": -1.0}, "base_learning_rate=-1.0 must be a number of at least 0"),
+        ({"load_best_model_at_end": True, "eval_strategy": "steps"}, "load_best_model_at_end=True would save"),
+    ],
+)
+def test_what_would_silently_train_something_else_is_refused(tmp_path, options, problem):
+    with pytest.raises(ValueError, match=f"training.{problem}"):
+        arguments(tmp_path, **options)

@@ -283,6 +283,18 @@ def test_a_run_sent_back_is_not_taken_for_the_one_it_left(tmp_path, unbroken, mo
     assert_same_run(train(tmp_path / "run"), unbroken)
 
 
+def test_a_run_sent_back_twice_keeps_what_it_left_first(tmp_path, unbroken):
+    out = tmp_path / "run" / "out"
+    shutil.copytree(unbroken, out)
+    left = sha256_of(out / "checkpoint-4" / "optimizer.pt")
+    for _ in range(2):
+        train(tmp_path / "run", resume_from_checkpoint=str(out / "checkpoint-2"))
+    names = [f"abandoned-step-{step}{again}" for step in (4, 6) for again in ("", "-2")]
+    assert sorted(path.name for path in out.glob("abandoned-*")) == names
+    assert sha256_of(out / "abandoned-step-4" / "optimizer.pt") == left
+    assert_same_run(train(tmp_path / "run", resume_from_checkpoint=str(out / "abandoned-step-4")), unbroken)
+
+
 def test_a_run_none_of_whose_checkpoints_is_whole_starts_afresh_and_removes_none(tmp_path, unbroken, caplog):
     """As with those of an earlier version; they are renamed, and it is told."""
     out = tmp_path / "run" / "out"

@@ -54,6 +54,18 @@ def test_all_else_is_pillows(content, num_channels):
     assert np.array_equal(np.asarray(fast), np.asarray(slow))
 
 
+def test_what_has_no_range_is_refused_and_sixteen_bits_are_scaled():
+    """Whole numbers of 32 bits may be anything; a grey map of 16 bits, in PNG or PGM, goes from 0 to 65,535."""
+    ramp = np.linspace(0, 65535, 64).reshape(8, 8)
+    sixteen = PILImage.fromarray(ramp.astype(np.uint16))
+    for content in (encode(sixteen), encode(sixteen, "TIFF"), encode(sixteen, "PPM")):
+        found = np.asarray(decode_image(row_of(content), 1, 10_000))
+        assert np.array_equal(found, ramp.astype(np.uint16) // 257)
+    for kind, told in ((np.int32, "32-bit"), (np.float32, "floating point")):
+        with pytest.raises(ValueError, match=f"{told} pixels have no range"):
+            decode_image(row_of(encode(PILImage.fromarray(ramp.astype(kind)), "TIFF")), 1, 10_000)
+
+
 def test_what_is_refused_is_refused_by_both():
     content = encode(picture(0, 64, 64), "JPEG")
     for decode in (decode_image, decode_jpeg):

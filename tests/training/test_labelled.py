@@ -110,6 +110,14 @@ def test_the_processor_resizes_or_cuts_the_centre(config):
     assert centre[0, 4:-4, 4:-4].abs().max() < 0.05 and centre[2, 4:-4, 4:-4].min() > 0.95
 
 
+def test_the_centre_is_cut_out_for_squares_alone(make_config):
+    """A square image resized to 73 px would fill 64 of 128 columns with black."""
+    with pytest.raises(
+        ValueError, match=r"data.crop_pct=0.875 with model.image_size=\[64, 128\]: .* set crop_pct to 1"
+    ):
+        image_processor(make_config(image_size=[64, 128]), [0.5] * 3, [0.5] * 3, 0.875)
+
+
 def test_channels_that_do_not_fit_are_refused(make_config):
     with pytest.raises(ValueError, match="model.num_channels=5"):
         check_channels(make_config(num_channels=5), [0.5] * 5)

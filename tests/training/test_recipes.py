@@ -204,12 +204,16 @@ def test_files_that_are_no_recipe_are_named(tmp_path):
     (tmp_path / "broken.yaml").write_text("model: {patch_size: 8\ntraining: [")
     (tmp_path / "list.yaml").write_text("- 1\n- 2\n")
     (tmp_path / "empty.yaml").write_text("")
+    (tmp_path / "twice.yaml").write_text("training: {seed: 1}\nmodel: {}\ntraining: {max_steps: 4}\n")
+    (tmp_path / "inner.yaml").write_text("training:\n  max_steps: 4\n  seed: 1\n  max_steps: 999\n")
     for name, message in {
         "missing.yaml": "cannot read the recipe .*missing.yaml: .*No such file",
         ".": "cannot read the recipe .*: .*[Ii]s a directory",
         "binary.yaml": "cannot read the recipe .*binary.yaml: .*codec can't decode",
         "broken.yaml": r"broken.yaml is not valid YAML: .* line \d",
         "list.yaml": "list.yaml must hold the sections task, model, head, data, training; found list",
+        "twice.yaml": "twice.yaml is not valid YAML: key 'training' is given twice",
+        "inner.yaml": "inner.yaml is not valid YAML: key 'max_steps' is given twice",
         "empty.yaml": "empty.yaml must hold the sections .*; found NoneType",
     }.items():
         with pytest.raises(RecipeError, match=message) as error:

@@ -210,6 +210,13 @@ def test_a_run_stops_before_it_saves_what_is_not_a_number(tmp_path, shards, fini
     assert list(read_mask_log(out)) == [1, 2, 3, 4, 5, 6] and (out / "checkpoint-6").exists()
 
 
+def test_of_several_batches_the_loss_that_is_no_number_is_told(tmp_path, shards):
+    trainer = pretrain.prepare(load_recipe(recipe_that_saves(tmp_path, shards)))
+    trainer.watched[3] = WatchedStep([torch.tensor(0.2), torch.tensor(float("nan")), torch.tensor(0.3)], [], 0.7)
+    with pytest.raises(NonFiniteError, match="step 3: loss nan, norm of the gradient 0.7"):
+        trainer.check_finite()
+
+
 def test_a_step_whose_trees_cannot_be_made_has_no_masks_to_replay(tmp_path, shards, monkeypatch):
     """Weights that are not numbers: what step 4 was to be trained on is on record; it comes to the same end again."""
     recipe, out = recipe_that_saves(tmp_path, shards), tmp_path / "out"

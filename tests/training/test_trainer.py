@@ -188,17 +188,63 @@ def test_null_is_no_way_to_crash(tmp_path, shards):
         ("training", "global_batch_size", 4, "8"),
         ("model", "mask_ratio", 0.5, "'not set'"),
         ("data", "horizontal_flip", False, "True"),
+        ("training", "max_steps", 8, "4"),
+        ("training", "num_samples", 80, "'not set'"),
     ],
 )
 def test_a_run_does_not_go_on_with_other_settings(tmp_path, shards, section, key, value, before):
     """What decides samples and masks is named with both values, instead of a run that is neither one nor the other."""
     data = {"train": {"path": "parquet", "data_files": shards}}
     saving = {"save_strategy": "steps", "save_steps": 2}
-    train(tmp_path / "run", data=data, training=saving | {"max_steps": 2})
+    out = train(tmp_path / "run", data=data, training=saving | {"max_steps": 4})
+    shutil.rmtree(out / "checkpoint-4")
     changed = {"data": data, "training": saving | {"max_steps": 4}}
     changed[section] = changed.get(section, {}) | {key: value}
-    with pytest.raises(ValueError, match=rf"other settings: {key}={value} \(was {before}\)"):
+    if key == "num_samples":
+        changed["training"]["max_steps"] = -1
+    with pytest.raises(
+        ValueError, match=rf"other settings: .*{key}={value} \(was {before}\).*model.pretrained to start"
+    ):
         train(tmp_path / "run", **changed)
+    elsewhere = changed["training"] | {"resume_from_checkpoint": str(out / "checkpoint-2")}
+    with pytest.raises(ValueError, match=rf"other settings: .*{key}={value} \(was {before}\)"):
+        train(tmp_path / "other", **changed | {"training": elsewhere})
+
+
+def test_nor_with_other_images(tmp_path, shards):
+    """Files, how many of them are read, and how many there are; where they lie may change."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+
+    def resume(run: Path, files: list, **source):
+        data = {"train": {"path": "parquet", "data_files": [str(file) for file in files]} | source}
+        return train(run, data=data, training=saving)
+
+    out = resume(tmp_path / "run", shards)
+    shutil.rmtree(out / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"data.train.max_images=20 \(was 'not set'\), data.train.rows=20 \(was 27\)"):
+        resume(tmp_path / "run", shards, max_images=20)
+    with pytest.raises(ValueError, match=r"data.train.data_files=.*data.train.rows="):
+        resume(tmp_path / "run", shards[:1])
+    moved = tmp_path / "elsewhere" / Path(shards[0]).parent.name
+    shutil.copytree(Path(shards[0]).parent, moved)
+    resume(tmp_path / "run", [moved / Path(shard).name for shard in shards])
+
+
+def test_a_changed_rate_holds_from_the_next_start_on_and_is_told(tmp_path, shards):
+    """What the message of a diverged run asks for: rates and betas of the recipe win over the checkpoint's."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "linear", "weight_decay": 0.1}
+    data = {"train": {"path": "parquet", "data_files": shards}}
+    out = train(tmp_path / "run", data=data, training=saving)
+    shutil.rmtree(out / "checkpoint-4")
+    changed = {"base_learning_rate": 0.016, "adam_beta2": 0.5, "weight_decay": 0.0}
+    recipe = write_recipe(tmp_path / "run" / "recipe.yaml", data=data, training=saving | changed)
+    trainer = pretrain.prepare(load_recipe(recipe))
+    pretrain.execute(trainer)
+    rates = {row["step"]: row["learning_rate"] for row in trainer.state.log_history if "learning_rate" in row}
+    assert rates == pytest.approx({1: 1e-3, 2: 0.75e-3, 3: 0.25e-3, 4: 0.125e-3})  # half of what it would be
+    assert {(group["betas"], group["weight_decay"]) for group in trainer.optimizer.param_groups} == {((0.9, 0.5), 0.0)}
+    assert "resumed from checkpoint-2" in (card := (out / "README.md").read_text())
+    assert "; from here on adam_beta2=0.5 (was 'not set'); from here on base_learning_rate=0.016 (was 0.032)" in card
 
 
 def test_a_checkpoint_cut_short_by_a_kill_is_not_resumed_from(tmp_path, shards):

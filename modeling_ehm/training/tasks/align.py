@@ -419,7 +419,7 @@ def prepare(recipe: Recipe) -> AlignmentTrainer:
     if data.test is not None:
         questions = TestQuestions(data, renderer, pixels, max_length, head.max_new_tokens, size)
         test_set = TestExamples(questions)
-    run = finetuning.describe_run(recipe, args)
+    run = finetuning.describe_run(recipe, args, train)
     if questions is not None and questions.texts.kind == "questions":
         run.references["exact_match"] = 100 * questions.share_of_commonest()
     run.begin(resume_from, args.world_size)

@@ -133,6 +133,11 @@ class MixedPairs(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def extent(self) -> dict[str, int]:
+        """As `data.IndexedSamples.extent`."""
+        return self.examples.extent
+
     def __getitem__(self, position: int) -> dict:
         data = self.data
         mixes = data.mixup_alpha > 0 or data.cutmix_alpha > 0

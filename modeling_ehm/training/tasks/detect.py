@@ -435,13 +435,13 @@ def draw_predictions(trainer: DetectionTrainer, path: Path) -> None:
     shown = []
     with trainer.averaged_weights(), evaluation_mode(model):
         for row in chosen:
-            image = rows[row]["image"].convert("RGB")
+            image = rows[row]["image"]
             pixels = processor(image, return_tensors="pt")["pixel_values"].to(model.device)
             outputs = model(pixel_values=pixels)
             (found,) = processor.post_process_object_detection(
                 outputs, threshold=DRAWN_SCORE, target_sizes=[image.size[::-1]]
             )
             found = {name: part.cpu().numpy() for name, part in found.items()}
-            shown.append((np.asarray(image), true_objects(rows, row, model.config.num_labels), found))
+            shown.append((np.asarray(image.convert("RGB")), true_objects(rows, row, model.config.num_labels), found))
     names = [model.config.id2label[number] for number in range(model.config.num_labels)]
     pictures.render_detection(shown, names, path)

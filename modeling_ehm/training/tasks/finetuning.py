@@ -13,7 +13,7 @@ from transformers import set_seed
 from modeling_ehm.modeling_ehm import EHMBackbone
 from modeling_ehm.training.arguments import ImageTrainingArguments, TaskTrainingArguments
 from modeling_ehm.training.checkpoints import find_checkpoint
-from modeling_ehm.training.data import ImageSource, describe_source
+from modeling_ehm.training.data import ImageSource, describe_source, identity_of
 from modeling_ehm.training.hub import RunRecord, is_figure
 from modeling_ehm.training.recipes import Recipe, RecipeError
 from modeling_ehm.training.task_trainer import TaskTrainer, find_encoder
@@ -43,8 +43,8 @@ def start(
     return args, resume_from
 
 
-def describe_run(recipe: Recipe, args: TaskTrainingArguments) -> RunRecord:
-    """Record of a run, for `run.json` and the model card."""
+def describe_run(recipe: Recipe, args: TaskTrainingArguments, train: Dataset | None = None) -> RunRecord:
+    """Record of a run, for `run.json` and the model card; `train` is what a run is trained on that can be resumed."""
     data = {field.name: getattr(recipe.data, field.name) for field in dataclasses.fields(recipe.data)}
     sources = {name: value for name, value in data.items() if isinstance(value, ImageSource)}
     model = recipe.model | ({"pretrained": recipe.pretrained} if recipe.pretrained else {})
@@ -58,6 +58,7 @@ def describe_run(recipe: Recipe, args: TaskTrainingArguments) -> RunRecord:
         training=recipe.training,
         folder=args.output_dir,
         task=recipe.task,
+        source={} if train is None else identity_of(recipe.data.train, train.extent),
     )
 
 
@@ -73,7 +74,7 @@ def build_trainer(
 ) -> TaskTrainer:
     """Trainer of a model that holds an EHM encoder; `kwargs` as for `trainer_class`."""
     freeze_unused(model, args.freeze_encoder)
-    run = describe_run(recipe, args)
+    run = describe_run(recipe, args, train)
     run.begin(resume_from, args.world_size)
     trainer = trainer_class(model=model, args=args, train_dataset=train, eval_dataset=test, run=run, **kwargs)
     trainer.resume_from = resume_from

@@ -20,6 +20,7 @@ from modeling_ehm.training.data import (
     Normalizer,
     PretrainingImages,
     describe_source,
+    identity_of,
     load_labelled,
     open_samples,
     stack_examples,
@@ -80,6 +81,7 @@ def prepare(recipe: Recipe, trainer_class: type[EHMTrainer] = EHMTrainer) -> EHM
         recipe.training,
         args.output_dir,
         references=references,
+        source=identity_of(recipe.data.train, images.extent),
     )
     record.begin(resume_from, args.world_size)
     trainer = trainer_class(

@@ -319,7 +319,7 @@ def put_upernet(encoder: EHMModel, head: SegmentationHead, labels: dict, ignore_
         backbone_config=EHMConfig(**(encoder.config.to_dict() | maps)),
         hidden_size=head.hidden_size,
         use_auxiliary_head=head.auxiliary_loss_weight > 0,
-        auxiliary_loss_weight=head.auxiliary_loss_weight,
+        auxiliary_loss_weight=float(head.auxiliary_loss_weight),  # YAML's 0 is no float to transformers
         auxiliary_channels=head.auxiliary_channels,
         loss_ignore_index=ignore_index,
         **labels,
@@ -342,6 +342,15 @@ class SegmentationTrainer(TaskTrainer):
     Counts are made where the image is, and gathered: true maps may differ in size, and several processes count each
     image once.
     """
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        """As the Trainer does; 0 for a batch without a labelled pixel, where a mean over none would be no number."""
+        is_empty = not (inputs["labels"] != self.ignore_index).any()
+        if is_empty:  # some labels, for a loss that reaches all weights, and of which nothing is left
+            inputs = inputs | {"labels": torch.zeros_like(inputs["labels"])}
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        loss = 0 * loss if is_empty else loss
+        return (loss, outputs) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss, counts `(B, L, L)` and the number of pixels that count `(B,)`."""

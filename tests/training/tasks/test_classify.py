@@ -16,6 +16,7 @@ from tiny_recipes import (
     encode,
     losses_of,
     picture,
+    run_script,
     run_task,
     write_parquet,
     write_task_recipe,
@@ -168,6 +169,23 @@ def test_augmentation_is_a_function_of_its_numbers(tmp_path, pretrained):
     one, other = np.random.default_rng(0).random((2, 128))
     assert torch.equal(make(columns, one)["pixel_values"], make(columns, one)["pixel_values"])
     assert not torch.equal(make(columns, one)["pixel_values"], make(columns, other)["pixel_values"])
+
+
+def test_a_damaged_image_is_told_in_one_line(tmp_path, pretrained):
+    """Met in the middle of training, also by a worker: its row, and no traceback."""
+    images = [encode(picture(number)) for number in range(8)]
+    damaged = [*images[:3], images[3][: len(images[3]) // 2], *images[4:]]
+    sources = {
+        name: {"path": "parquet", "label_column": "label"}
+        | {"data_files": write_parquet(tmp_path / f"{name}.parquet", encoded, label=[0, 1] * 4)}
+        for name, encoded in (("train", damaged), ("test", images))
+    }
+    recipe = recipe_of(tmp_path, pretrained, **sources)
+    for workers in (0, 1):
+        done = run_script(recipe, f"training.dataloader_num_workers={workers}")
+        last = done.stderr.strip().splitlines()[-1]
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert "row 3 cannot be decoded" in last and last.endswith("mend it or leave it out of the data")
 
 
 # From one checkpoint to another size or head

@@ -139,6 +139,13 @@ def test_one_run_leaves_a_detector_that_stock_code_uses(tmp_path, pretrained, da
     assert all(answer["box"].keys() == {"xmin", "ymin", "xmax", "ymax"} for answer in answers)
 
 
+def test_grey_images_are_drawn_too(tmp_path, data):
+    """The processor takes what the model was made for; the picture is in colours whatever that is."""
+    means = {"image_mean": [0.5], "image_std": [0.25]}
+    recipe = recipe_of(tmp_path, None, data | means, {"max_steps": 1}, num_channels=1, num_hidden_layers=3)
+    assert "ap" in run_task(recipe) and (tmp_path / "out" / "predictions.png").exists()
+
+
 def test_it_starts_from_the_pretrained_encoder(tmp_path, pretrained, data):
     trainer = detect.prepare(load_recipe(recipe_of(tmp_path, pretrained, data)))
     _, backbone = find_encoder(trainer.model)

@@ -151,6 +151,18 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, pretrained, head):
     assert len(losses_of(tmp_path / "whole" / "out")) == 2
 
 
+@HEADS
+def test_an_image_without_a_labelled_pixel_teaches_nothing(tmp_path, pretrained, head):
+    """A batch of such images has a loss of 0, and not a number divided by none."""
+    nothing = np.full((20, 24), 11, dtype=np.uint8)
+    data = with_maps(tmp_path, [GOOD, nothing, nothing, nothing])
+    auxiliary = {"auxiliary_loss_weight": 0} if head["kind"] == "upernet" else {}  # YAML's 0 is an int
+    settings = {"max_steps": 2, "global_batch_size": 2}
+    run_task(recipe_of(tmp_path, pretrained, head | auxiliary, settings, **data))
+    least, most = sorted(losses_of(tmp_path / "out").values())
+    assert least == 0 < most
+
+
 def test_two_processes_judge_as_one(tmp_path, pretrained):
     """The figures of two processes are those of the saved model in one: 5 images of 4 sizes, each counted once.
 
