@@ -25,6 +25,7 @@ AFFINITIES = ("attention", "keys")
 LINKAGES = ("average", "single", "complete")
 NODE_CURVES = ("linear", "log", "cosine")
 POOLINGS = ("mean", "cls")
+NODE_NUMBERS = ("num_nodes_start", "num_nodes_end")
 OUTPUTS = ("out_features", "out_indices", "_out_features", "_out_indices")  # all say which feature maps there are
 
 
@@ -169,7 +170,12 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
         is_default = saved.get("out_features") == [f"stage{depth}"]  # the last one, which moves with the depth
         if overrides.keys() & set(OUTPUTS) or (is_default and overrides.get("num_hidden_layers", depth) != depth):
             saved = {name: value for name, value in saved.items() if name not in OUTPUTS}
-        return super().from_dict(saved | overrides, **kwargs)
+        fields = saved | overrides
+        numbers = [name for name in NODE_NUMBERS if name not in overrides and fields.get(name) is not None]
+        if numbers and overrides.keys() & {"image_size", "patch_size"}:  # as `num_nodes_range` does for other images
+            count = cls(**{name: value for name, value in fields.items() if name not in NODE_NUMBERS}).num_patches
+            fields |= {name: min(fields[name], count) for name in numbers}
+        return super().from_dict(fields, **kwargs)
 
     @property
     def grid_size(self) -> tuple[int, int]:

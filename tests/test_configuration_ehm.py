@@ -216,6 +216,18 @@ def test_what_follows_from_a_field_follows_its_override(saved):
         EHMConfig.from_pretrained(saved, num_hidden_layers=2)
 
 
+def test_saved_numbers_of_nodes_shrink_with_the_image(tmp_path):
+    """Those that are given with the size are checked as given."""
+    EHMConfig(image_size=64, patch_size=8, num_nodes_start=40, num_nodes_end=20).save_pretrained(tmp_path)
+    smaller = EHMConfig.from_pretrained(tmp_path, image_size=32)
+    assert (smaller.num_nodes_start, smaller.num_nodes_end) == (16, 16)
+    with pytest.raises(StrictDataclassError, match=r"num_nodes_start=40 must lie in \[1, 16\]"):
+        EHMConfig.from_pretrained(tmp_path, image_size=32, num_nodes_start=40)
+    with pytest.raises(StrictDataclassError, match="image_size"):
+        EHMConfig.from_pretrained(tmp_path, image_size="32")
+    assert EHMConfig.from_pretrained(tmp_path, image_size=128).num_nodes_start == 40
+
+
 def test_one_number_a_patch_cannot_be_normalised():
     with pytest.raises(StrictDataclassError, match="patch_size=1 with num_channels=1 leaves one number a patch"):
         EHMConfig(image_size=8, patch_size=1, num_channels=1)

@@ -191,7 +191,7 @@ def _choose_checkpoint(args: ImageTrainingArguments) -> str | None:
     if Path(chosen).resolve().parent == folder.resolve():
         # They would count as newer than those of the run that goes on from here, and be gone back to.
         step = json.loads((Path(chosen) / TRAINER_STATE_NAME).read_text())["global_step"]  # its name may be another
-        later = [path for path in checkpoints_in(folder) if step_of(path) > step]
+        later = [path for path in checkpoints_in(folder) if step_of(path) >= step and path.name != Path(chosen).name]
         set_aside(later, f"the run goes on from {Path(chosen).name}")
     return chosen
 

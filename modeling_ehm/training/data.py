@@ -743,18 +743,28 @@ def _label(value, row: int, source: ImageSource) -> int:
 def identity_of(source: ImageSource, extent: dict[str, int]) -> dict:
     """What decides which training images there are and in which order, by field, as `data.train.max_images`.
 
-    Of local files and folders only the last two parts of their path: a run goes on where its data have been moved.
+    Of local files and folders only the end of their path: a run goes on where its data have been moved.
     """
-
-    def shortened(value):
-        if isinstance(value, str) and os.sep in value:
-            return os.path.join(*Path(value).parts[-2:])
-        if isinstance(value, dict):
-            return {name: shortened(one) for name, one in value.items()}
-        return [shortened(one) for one in value] if isinstance(value, list | tuple) else value
-
-    fields = {name: shortened(value) for name, value in dataclasses.asdict(source).items()}
+    fields = dataclasses.asdict(source)
+    for name in ("data_dir", "data_files", *(["path"] if os.path.isdir(source.path) else [])):
+        fields[name] = _moved(fields[name])
     return {f"data.train.{name}": value for name, value in (fields | extent).items() if value is not None}
+
+
+def _moved(paths):
+    """Paths of a field without the folders that differ from machine to machine; addresses stay as they are.
+
+    Of a path its last two parts, of a pattern from two parts before the first wildcard on.
+    """
+    if isinstance(paths, dict):
+        return {name: _moved(path) for name, path in paths.items()}
+    if isinstance(paths, list | tuple):
+        return [_moved(path) for path in paths]
+    if paths is None or "://" in paths:
+        return paths
+    parts = Path(os.path.abspath(paths)).parts
+    fixed = next((n for n, part in enumerate(parts) if set(part) & set("*?[{")), len(parts))
+    return os.path.join(*parts[max(fixed - 2, 1) :])
 
 
 def describe_source(source: ImageSource, dataset: Dataset | IterableDataset | None = None) -> str:

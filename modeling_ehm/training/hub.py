@@ -22,6 +22,8 @@ LATER_SETTINGS = {"decoder": "pil"}  # what stood for settings that records of e
 ORDER_KEYS = ("seed", "global_batch_size", "per_device_train_batch_size", "gradient_accumulation_steps")
 LENGTH_KEYS = ("max_steps", "num_samples", "num_train_epochs")
 RESUME_KEYS = ORDER_KEYS + LENGTH_KEYS  # training arguments that a run keeps
+RATE_KEYS = ("learning_rate", "base_learning_rate", "adam_beta1", "adam_beta2", "adam_epsilon", "weight_decay")
+OWN_RATES = ("reduce_lr_on_plateau", "greedy", "deepspeed")  # what finds or keeps its rates by itself
 FOLDER_KEYS = ("resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config")  # may name folders
 HEAD_PATHS = ("language_model", "projector", "chat_template")  # fields of heads that may name folders of the machine
 TEMPLATE = Path(__file__).with_name("model_card_template.md")
@@ -80,6 +82,7 @@ class RunRecord:
 
         Raises:
             ValueError: the run that is resumed had other settings; its weights would get a config and a card that lie.
+                Or a rate was changed that would not hold.
         """
         changed = {} if resumed_from is None else self._follow(resumed_from)
         self.starts.append(
@@ -95,9 +98,10 @@ class RunRecord:
 
     def _follow(self, resumed_from: str) -> dict[str, str]:
         """Take over the starts of the run that a checkpoint is of; returns which training arguments have changed."""
-        path = Path(resumed_from).absolute().parent / self.path.name
-        if not path.exists():
-            logger.warning("%s has no %s beside it: its run's settings are not known", resumed_from, path.name)
+        beside = Path(resumed_from).absolute().parent / self.path.name
+        path = next((path for path in (beside, self.path) if path.exists()), None)
+        if path is None:
+            logger.warning("%s has no %s beside it: its run's settings are not known", resumed_from, beside.name)
             return {}
         earlier = RunRecord(**json.loads(path.read_text()))
         self.starts = earlier.starts
@@ -111,9 +115,16 @@ class RunRecord:
                 f"{resumed_from} belongs to a run with other settings: {shown}; give them back their values, or choose"
                 " another training.output_dir, and model.pretrained to start a new run from these weights"
             )
-        return _differences(
-            told_arguments(earlier.training), told_arguments(json.loads(json.dumps(self.training, default=str)))
-        )
+        training = json.loads(json.dumps(self.training, default=str))
+        changed = _differences(told_arguments(earlier.training), told_arguments(training))
+        schedule = "deepspeed" if training.get("deepspeed") else training.get("lr_scheduler_type")
+        if schedule in OWN_RATES and (rates := changed.keys() & set(RATE_KEYS)):
+            shown = ", ".join(f"{key}={changed[key]}" for key in sorted(rates))
+            raise ValueError(
+                f"{resumed_from}: {schedule} goes on with the rates of the checkpoint, so that {shown} would not hold;"
+                " give them back their values, or choose another training.output_dir, and model.pretrained"
+            )
+        return changed
 
     def save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

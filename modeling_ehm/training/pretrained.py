@@ -11,14 +11,14 @@ from transformers import AutoConfig, PreTrainedModel
 
 from modeling_ehm.configuration_ehm import EHMConfig
 from modeling_ehm.conversion import check_keys, from_vit_mae, quiet_loading
-from modeling_ehm.modeling_ehm import EHMForPreTraining, EHMModel
+from modeling_ehm.modeling_ehm import EHMForPreTraining, EHMModel, sincos_positions
 from modeling_ehm.training.recipes import RecipeError
 
 logger = logging.getLogger(__name__)
 
 HEADS = ("classifier", "norm")  # first parts of the names of weights of our classification and segmentation heads
 DECODER = "decoder"  # that of our pre-training decoder or linear head
-# Made anew, without interpolation, for another grid of patches.
+# Tables, made anew, without interpolation, for another grid of patches.
 POSITIONS = ("embeddings.position_embeddings", "decoder.decoder_pos_embed")
 
 
@@ -110,6 +110,9 @@ def _load(
     mismatched = {name for name, *_ in report["mismatched_keys"]}
     if config.grid_size != EHMConfig.from_pretrained(pretrained).grid_size:
         mismatched = {name for name in mismatched if not name.endswith(POSITIONS)}
+        for name, table in model.state_dict().items():
+            if name.endswith(POSITIONS):  # also one that fits: 4x8 patches are as many as 8x4
+                table.copy_(sincos_positions(config.grid_size, table.shape[-1]))
     unused = {key for key in report["unexpected_keys"] if key.split(".")[0] not in left_aside}
     check_keys(f"the weights in {pretrained} do not fit {model_class.__name__}", (), unused, mismatched)
     return model, set(report["missing_keys"])

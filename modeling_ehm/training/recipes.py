@@ -58,11 +58,12 @@ class Recipe:
 class UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a key that is given twice, of which YAML keeps the last: a second section would undo the first."""
 
-    def construct_mapping(self, node, deep=False):
-        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := [name for number, name in enumerate(names) if name in names[:number]]:
-            raise yaml.constructor.ConstructorError(None, None, f"key {twice[0]!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+    def compose_mapping_node(self, anchor):  # as written, before anything is merged into it
+        node = super().compose_mapping_node(anchor)
+        keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for number, key in enumerate(keys) if key in keys[:number]]:
+            raise yaml.composer.ComposerError(None, None, f"key {twice[0][1]!r} is given twice", node.start_mark)
+        return node
 
 
 def read_recipe(path: str | Path, overrides: Sequence[str], schemas: dict[str, Schema]) -> Recipe:

@@ -32,6 +32,7 @@ from modeling_ehm.training.push import PushError, push_folder
 logger = logging.getLogger(__name__)
 
 FAILED_PUSHES = "failed_pushes.jsonl"  # in the output folder, one line a push
+ASKED = ("initial_lr", "betas", "eps", "weight_decay")  # what a recipe says of an optimiser's groups
 NON_FINITE = "nonfinite-step"  # begins the names of the records of steps whose loss was not a number
 TORCH_WRITERS = ("PytorchStreamWriter", "inline_container")  # in what torch.save raises on a full disk
 
@@ -162,17 +163,20 @@ class RecordedTrainer(Trainer):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """As the Trainer does, but rates, betas and weight decay are the recipe's, which may have changed since.
 
-        Unchanged they are the same numbers as those loaded.
+        Schedules that find their rates by themselves keep them; `RunRecord.begin` refuses to change those.
         """
         if checkpoint is None or self.is_deepspeed_enabled:  # DeepSpeed loads its own
             return super()._load_optimizer_and_scheduler(checkpoint)
-        groups = [{key: v for key, v in group.items() if key != "params"} for group in self.optimizer.param_groups]
+        groups = [{key: group[key] for key in ASKED if key in group} for group in self.optimizer.param_groups]
         base_rates = getattr(self.lr_scheduler, "base_lrs", None)
         super()._load_optimizer_and_scheduler(checkpoint)
         for group, asked in zip(self.optimizer.param_groups, groups, strict=True):
-            group |= {key: value for key, value in asked.items() if key != "lr"}
-        if isinstance(self.lr_scheduler, LambdaLR):  # all of transformers' but those that watch a figure
+            group |= asked  # some optimisers keep their state beside these
+        if isinstance(self.lr_scheduler, LambdaLR):
             step, lambdas = self.lr_scheduler.last_epoch, self.lr_scheduler.lr_lambdas
+            if self.lr_scheduler.base_lrs != base_rates:
+                before, now = max(self.lr_scheduler.base_lrs), max(base_rates)
+                logger.warning("the learning rate was %.3g in %s and is %.3g from here on", before, checkpoint, now)
             self.lr_scheduler.base_lrs = base_rates
             rates = [base * factor(step) for base, factor in zip(base_rates, lambdas, strict=True)]
             self.lr_scheduler._last_lr = rates

@@ -292,7 +292,22 @@ def test_a_run_sent_back_twice_keeps_what_it_left_first(tmp_path, unbroken):
     names = [f"abandoned-step-{step}{again}" for step in (4, 6) for again in ("", "-2")]
     assert sorted(path.name for path in out.glob("abandoned-*")) == names
     assert sha256_of(out / "abandoned-step-4" / "optimizer.pt") == left
+    with pytest.raises(ValueError, match="seed=7"):  # sent back to another lineage, it stops before its first step
+        train(tmp_path / "run", resume_from_checkpoint=str(out / "abandoned-step-4"), seed=7)
+    assert newest_whole(out).name == "checkpoint-2"
     assert_same_run(train(tmp_path / "run", resume_from_checkpoint=str(out / "abandoned-step-4")), unbroken)
+
+
+def test_a_copied_checkpoint_belongs_to_the_run_of_the_folder(tmp_path, unbroken):
+    """Kept elsewhere, without `run.json` beside it: that of the output folder still says what must not change."""
+    out = tmp_path / "run" / "out"
+    shutil.copytree(unbroken, out)
+    shutil.copytree(out / "checkpoint-2", tmp_path / "backup" / "checkpoint-2")
+    named = str(tmp_path / "backup" / "checkpoint-2")
+    with pytest.raises(ValueError, match="seed=7"):
+        train(tmp_path / "run", resume_from_checkpoint=named, seed=7)
+    train(tmp_path / "run", resume_from_checkpoint=named)
+    assert len(json.loads((out / "run.json").read_text())["starts"]) == 2
 
 
 def test_a_run_none_of_whose_checkpoints_is_whole_starts_afresh_and_removes_none(tmp_path, unbroken, caplog):

@@ -63,6 +63,15 @@ def test_pre_training_goes_on_at_another_size(model, pretrained):
         assert "pos" in name or torch.equal(weight, weights[name])
 
 
+def test_as_many_patches_in_another_grid_have_other_positions(tmp_path):
+    EHMForPreTraining(EHMConfig(**MODEL | {"image_size": [64, 32]})).save_pretrained(tmp_path)
+    wide = load_for_pretraining(str(tmp_path), "sdpa", image_size=[32, 64])
+    assert torch.equal(wide.ehm.embeddings.position_embeddings, sincos_positions((4, 8), 32))
+    assert torch.equal(wide.decoder.decoder_pos_embed, sincos_positions((4, 8), 16))
+    encoder = load_encoder(str(tmp_path), "sdpa", image_size=[32, 64])
+    assert torch.equal(encoder.embeddings.position_embeddings, sincos_positions((4, 8), 32))
+
+
 @pytest.mark.parametrize("kind", [EHMModel, EHMForImageClassification])
 def test_an_encoder_gets_a_new_decoder_and_it_is_told(model, tmp_path, caplog, kind):
     torch.manual_seed(1)

@@ -198,6 +198,19 @@ def test_an_override_whose_value_is_no_yaml_is_quoted(recipe):
     assert "\n" not in str(error.value)
 
 
+def test_what_is_merged_in_is_no_key_given_twice(tmp_path):
+    """`<<` takes a mapping over, whose keys may be given again; also where the mapping is made later."""
+    (tmp_path / "merged.yaml").write_text(
+        "data:\n  train: &train {path: synthetic, max_images: 40}\n"
+        "  probe_test: &test {<<: *train, split: test, max_images: 10, label_column: label}\n"
+        "  probe_train: {<<: *test, split: train}\n"
+        "training: {output_dir: out}\n"
+    )
+    data = load_recipe(tmp_path / "merged.yaml").data
+    assert (data.train.max_images, data.probe_test.split) == (40, "test")
+    assert (data.probe_train.max_images, data.probe_train.split) == (10, "train")
+
+
 def test_files_that_are_no_recipe_are_named(tmp_path):
     """Missing, a folder, not text, not YAML, not sections: the path and the reason, in one line."""
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")

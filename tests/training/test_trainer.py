@@ -29,7 +29,7 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining,
 from modeling_ehm import EHMConfig, EHMForPreTraining, EHMModel
 from modeling_ehm.training import ProgressCallback
 from modeling_ehm.training.arguments import EHMTrainingArguments
-from modeling_ehm.training.data import NormalizingCollator
+from modeling_ehm.training.data import ImageSource, NormalizingCollator, identity_of
 from modeling_ehm.training.mask_log import read_mask_log
 from modeling_ehm.training.tasks import load_recipe, pretrain
 from modeling_ehm.training.trainer import EHMTrainer
@@ -228,6 +228,69 @@ def test_nor_with_other_images(tmp_path, shards):
     moved = tmp_path / "elsewhere" / Path(shards[0]).parent.name
     shutil.copytree(Path(shards[0]).parent, moved)
     resume(tmp_path / "run", [moved / Path(shard).name for shard in shards])
+
+
+def test_nor_with_another_share_of_a_stream(tmp_path, shards):
+    """How many files a stream has is known, and which; not how many images."""
+    saving = {"save_strategy": "steps", "save_steps": 2}
+    source = {"path": "parquet", "data_files": shards, "streaming": True}
+    out = train(tmp_path / "run", data={"train": source}, training=saving)
+    shutil.rmtree(out / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"data.train.data_files=.*data.train.shards=2 \(was 3\)"):
+        train(tmp_path / "run", data={"train": source | {"data_files": shards[:2]}}, training=saving)
+
+
+@pytest.mark.parametrize(
+    "one, other, alike",
+    [
+        ("/a/cats/train.parquet", "/b/data/cats/train.parquet", True),
+        ("/a/cats/train.parquet", "/a/dogs/train.parquet", False),
+        ("/data/cats/**/*.jpg", "/mnt/data/cats/**/*.jpg", True),
+        ("/data/cats/**/*.jpg", "/data/dogs/**/*.jpg", False),
+        ("hf://datasets/a/one/data/train.parquet", "hf://datasets/b/two/data/train.parquet", False),
+        (["/x/y/1.tar", "/x/y/2.tar"], ["/z/x/y/1.tar", "/z/x/y/2.tar"], True),
+        ({"train": "/x/y/1.tar"}, {"train": "/x/y/3.tar"}, False),
+    ],
+)
+def test_files_are_known_by_the_end_of_their_path(one, other, alike):
+    first, second = (identity_of(ImageSource("webdataset", data_files=files), {"rows": 3}) for files in (one, other))
+    assert (first == second) == alike and first["data.train.rows"] == 3
+
+
+@pytest.mark.parametrize("schedule", ["reduce_lr_on_plateau", "greedy"])
+def test_a_schedule_with_rates_of_its_own_takes_no_other(tmp_path, shards, schedule):
+    settings = {"save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": schedule}
+    data = {"train": {"path": "parquet", "data_files": shards}, **PROBES}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, "linear_probe": False}
+    out = train(tmp_path / "run", data=data, training=settings)
+    shutil.rmtree(out / "checkpoint-4")
+    refusal = rf"{schedule} goes on with the rates .* base_learning_rate=0.016 \(was 0.032\)"
+    with pytest.raises(ValueError, match=refusal):
+        train(tmp_path / "run", data=data, training=settings | {"base_learning_rate": 0.016})
+    train(tmp_path / "run", data=data, training=settings)
+
+
+def test_what_an_optimiser_keeps_beside_its_rates_is_the_checkpoints(tmp_path, shards, monkeypatch):
+    """As schedule-free optimisers do, which count their steps in their groups."""
+
+    class Counting(torch.optim.SGD):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            for group in self.param_groups:
+                group["k"] = 0
+
+        def step(self, closure=None):
+            for group in self.param_groups:
+                group["k"] += 1
+            return super().step(closure)
+
+    monkeypatch.setattr(EHMTrainer, "get_optimizer_cls_and_kwargs", staticmethod(lambda *_: (Counting, {"lr": 1e-3})))
+    data, saving = {"train": {"path": "parquet", "data_files": shards}}, {"save_strategy": "steps", "save_steps": 2}
+    out = train(tmp_path / "run", data=data, training=saving)
+    shutil.rmtree(out / "checkpoint-4")
+    trainer = pretrain.prepare(load_recipe(tmp_path / "run" / "recipe.yaml"))
+    pretrain.execute(trainer)
+    assert {group["k"] for group in trainer.optimizer.param_groups} == {4}
 
 
 def test_a_changed_rate_holds_from_the_next_start_on_and_is_told(tmp_path, shards):

@@ -361,6 +361,8 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path, pretrained, first_stage, he
     assert (broken / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
     assert (broken / "answers.jsonl").read_text() == (whole / "answers.jsonl").read_text()
     assert not list(whole.glob("**/*.bin"))
+    with pytest.raises(ValueError, match=r"other settings: data.train.max_images=2 .*data.train.rows=2 "):
+        run_task(tmp_path / "broken" / "recipe.yaml", "data.train.max_images=2")
 
 
 def test_two_processes_train_as_one(tmp_path, pretrained, language_model):

@@ -102,6 +102,8 @@ def test_a_resumed_run_equals_an_unbroken_one(tmp_path, pretrained, workers):
     averaged = load_file(tmp_path / "whole" / "out" / "model.safetensors")["classifier.weight"]
     trained = load_file(tmp_path / "whole" / "out" / "checkpoint-4" / "model.safetensors")["classifier.weight"]
     assert not torch.equal(averaged, trained)  # the averaged weights are what is saved in the end
+    with pytest.raises(ValueError, match=r"other settings: data.train.max_images=.*data.train.rows="):
+        run_task(broken, "data.train.max_images=16")
 
 
 def test_two_processes_train_as_one(tmp_path, pretrained):
