@@ -121,7 +121,7 @@ def write_recipe(recipe: Recipe, path: str | Path) -> None:
 
 def _read_yaml(path: Path) -> dict:
     try:
-        sections = yaml.load(path.read_text(encoding="utf-8"), UniqueKeyLoader)
+        sections = UniqueKeyLoader(path.read_text(encoding="utf-8")).get_single_data()
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot read the recipe {path}: {error}") from None
     except yaml.YAMLError as error:
@@ -137,7 +137,7 @@ def _override(sections: dict, override: str) -> None:
     if not equals or not key or not all(parents) or not last:
         raise RecipeError(f"override {override!r} must look like section.key=value, as in training.max_steps=10")
     try:
-        value = yaml.load(text, UniqueKeyLoader)
+        value = UniqueKeyLoader(text).get_single_data()
     except yaml.YAMLError as error:
         raise RecipeError(
             f"override {override!r}: the value is not valid YAML: {' '.join(str(error).split())}"
