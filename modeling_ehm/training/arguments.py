@@ -10,6 +10,14 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+# Options of the Trainer that would break the sequence of samples, or resuming, in silence: why, and what to do instead.
+REFUSED = {
+    "auto_find_batch_size": "smaller batches would end the run before its images; where memory is short, set"
+    " gradient_accumulation_steps",
+    "ignore_data_skip": "a resumed run would see images again, and others never",
+    "save_only_model": "without the optimiser's state no run goes on exactly; save_total_limit bounds the disk",
+}
+
 
 @dataclass
 class ImageTrainingArguments(TrainingArguments):
@@ -63,7 +71,7 @@ class ImageTrainingArguments(TrainingArguments):
                 " set itself is shuffled by (seed, pass), and a second shuffling would undo exact resuming"
             )
         self._check_pushes()
-        self._check_numbers()
+        self._check_options()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # else the Trainer refuses bf16, which CPUs can do too
         if self.use_cpu and "RANK" in os.environ:  # the Trainer would leave ddp_timeout out on CPUs
@@ -95,15 +103,8 @@ class ImageTrainingArguments(TrainingArguments):
             raise ValueError(f"training.per_device_train_batch_size={size} must be at least 1")
         self._set_batch_and_length()
 
-    def _check_numbers(self) -> None:
-        """Refuse what would break the sequence of samples, or resuming, in silence."""
-        for name, why in (
-            ("auto_find_batch_size", "smaller batches would end the run before its images; set"
-             " gradient_accumulation_steps where memory is short"),
-            ("ignore_data_skip", "a resumed run would see images again, and others never"),
-            ("save_only_model", "without the optimiser's state no run goes on exactly; save_total_limit bounds the"
-             " disk"),
-        ):  # fmt: skip
+    def _check_options(self) -> None:
+        for name, why in REFUSED.items():
             if getattr(self, name):
                 raise ValueError(f"training.{name}=True: {why}; leave it out")
         if self.gradient_accumulation_steps < 1:
