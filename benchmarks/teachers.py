@@ -52,6 +52,7 @@ TEACHERS = {
     "bfloat16": Teacher({"teacher_dtype": "bfloat16"}),
     "first layer": Teacher({"affinity_layers": [0]}),
     "second layer": Teacher({"affinity_layers": [1]}),
+    "first three layers": Teacher({"affinity_layers": [0, 1, 2]}),
     "last layer": Teacher({"affinity_layers": [-1]}),
     "keys of the last layer": Teacher({"affinity": "keys"}),
     "half the resolution": Teacher(reduction=2),

@@ -49,7 +49,7 @@ def test_coarse_teacher_stands_where_its_patches_lie(teachers, tmp_path):
 
 
 def test_a_run_is_measured(teachers, tmp_path):
-    run_task(write_recipe(tmp_path / "recipe.yaml", {"num_hidden_layers": 2}, PROBES, {"max_steps": 1}))
+    run_task(write_recipe(tmp_path / "recipe.yaml", {"num_hidden_layers": 3}, PROBES, {"max_steps": 1}))
     measured = teachers.measure(tmp_path / "out", num_images=10)
     assert set(measured) == {"all layers", *teachers.TEACHERS, "none, blocks"}
     assert {tuple(one) for one in measured.values()} == {("9", "2")}  # of 16 nodes down to 2
