@@ -77,6 +77,7 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
         affinity_layers: Layers the affinity reads, counted from 0, negative from the end; None is every layer for
             "attention" and the last one for "keys". The teacher pass stops after the last of them.
         linkage: Affinity of two nodes: mean ("average"), largest ("single") or smallest ("complete") of their members.
+            Single linkage adds patch after patch to one node, and so its masks are nearly random ones.
         num_nodes_start: Nodes masked or kept as wholes at progress 0; None is every patch: MAE's random masking.
         num_nodes_end: Nodes at progress 1; None is an eighth of the patches, at least 2.
         num_nodes_curve: How the number falls with progress: "linear", "log" (geometric) or "cosine".

@@ -832,7 +832,8 @@ class EHMBackbone(BackboneMixin, EHMModel):
             `reshape_hidden_states`.
         """
         rows, columns = self.embeddings.patch_embeddings.grid_of(pixel_values)
-        outputs = EHMModel.forward(self, pixel_values, return_dict=True, **kwargs)  # super() would be the mixin's
+        kwargs |= {"output_hidden_states": True, "return_dict": True}  # older transformers do not ask for states
+        outputs = EHMModel.forward(self, pixel_values, **kwargs)  # super() would be the mixin's
         scales = self.config.feature_scales or [1] * len(self.out_features)
         states = dict(zip(self.stage_names, outputs.hidden_states, strict=True))
         feature_maps = []

@@ -216,7 +216,7 @@ def test_gradient_checkpointing_gives_equal_gradients(make_config, head):
     calls = []
     for layer in model.base_model.layers:
         layer.attention.register_forward_hook(lambda *_: calls.append(1))
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     for name, gradient in gradients().items():
         torch.testing.assert_close(gradient, expected[name], msg=name)
     assert len(calls) == 6, "each of 3 layers runs twice"

@@ -235,7 +235,7 @@ def test_gradient_checkpointing_gives_equal_gradients(config):
     model(**inputs).loss.backward()
     expected = gradients(model)
     model.zero_grad()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     calls = []
     for layer in model.ehm.layers:
         layer.attention.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))

@@ -67,7 +67,7 @@ def write_parquet(path: Path, encoded: list[bytes | None], **columns) -> str:
     dataset = Dataset.from_dict({"image": rows}, features=Features({"image": Image()}))
     for name, values in columns.items():
         dataset = dataset.add_column(name, values)
-    dataset.to_parquet(str(path))
+    dataset.to_parquet(str(path), batch_size=None if encoded else 1)  # datasets before 5.2 divide by the rows
     return str(path)
 
 
