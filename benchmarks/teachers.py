@@ -62,7 +62,12 @@ TEACHERS = {
 
 
 def spread(affinity: Tensor, grid_size: tuple[int, int], reduction: int) -> Tensor:
-    """Affinities of coarse patches `(B, n, n)` as those of the patches of `grid_size` that they cover, `(B, N, N)`."""
+    """Affinities of coarse patches `(B, n, n)` as those of the patches of `grid_size` that they cover, `(B, N, N)`.
+
+    Patches in the same coarse one are taken to be more alike than any others, so that they merge first.
+    """
+    own = torch.eye(affinity.shape[1], dtype=torch.bool, device=affinity.device)
+    affinity = torch.where(own, affinity.amax((1, 2), keepdim=True) + 1, affinity)
     rows, columns = (torch.arange(side) // reduction for side in grid_size)
     coarse = (rows[:, None] * (grid_size[1] // reduction) + columns).flatten()  # (N,)
     return affinity[:, coarse][:, :, coarse]

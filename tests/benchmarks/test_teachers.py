@@ -19,12 +19,12 @@ def teachers(monkeypatch):
 
 def test_coarse_affinities_hold_for_the_patches_they_cover(teachers):
     """2 x 4 patches in squares of side 2: patches 0, 1, 4, 5 are the first, the others the second."""
-    coarse = torch.tensor([[[1.0, 0.25], [0.25, 0.5]]])
+    coarse = torch.tensor([[[0.5, 0.25], [0.25, 0.125]]])
     fine = teachers.spread(coarse, (2, 4), reduction=2)
     cover = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1])
     for a in range(8):
         for b in range(8):
-            assert fine[0, a, b] == coarse[0, cover[a], cover[b]]
+            assert fine[0, a, b] == (1.5 if cover[a] == cover[b] else 0.25)
 
 
 def test_agreement(teachers):
