@@ -201,9 +201,12 @@ def masks_a_step(recipe: Recipe) -> int:
 def measure_costs(plan: Plan, names: list[str], rounds: int) -> dict[str, float]:
     """Cost of a step of these settings, data included, as a ratio to that of the reference.
 
-    Of the model's part, the median of ratios in the same round.
+    Of the model's part, the median of ratios in the same round; where masks change late, it is the mean of what a step
+    costs before and after, before with random masks, which are the same without a teacher.
     """
     recipes = {name: plan.recipe_of(name) for name in {plan.reference: None} | dict.fromkeys(names)}
+    early = {name: share for name, recipe in recipes.items() if (share := share_without_teacher(recipe))}
+    recipes |= {before(name): plan.recipe_of(name, "model.mask_policy=random") for name in early}
     args = EHMTrainingArguments(**recipes[plan.reference].training)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = torch.bfloat16 if args.bf16 else torch.float32
@@ -228,7 +231,20 @@ def measure_costs(plan: Plan, names: list[str], rounds: int) -> dict[str, float]
     for name, own in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(own, seconds[plan.reference], strict=True))
         costs[name] = ratio * reference + image_seconds * recipes[name].training["global_batch_size"]
+    for name, share in early.items():
+        costs[name] = share * costs[before(name)] + (1 - share) * costs[name]
     return {name: costs[name] / costs[plan.reference] for name in names}
+
+
+def before(setting: str) -> str:
+    return f"{setting}, before its masks change"
+
+
+def share_without_teacher(recipe: Recipe) -> float:
+    """Of a run's steps, those before masks change, if each patch is a node then."""
+    if recipe.model.get("num_nodes_start") is not None or recipe.model.get("mask_policy", "ehm") != "ehm":
+        return 0.0
+    return recipe.model.get("evolution_start", 0.0)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,6 +78,8 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
             "attention" and the last one for "keys". The teacher pass stops after the last of them.
         linkage: Affinity of two nodes: mean ("average"), largest ("single") or smallest ("complete") of their members.
             Single linkage adds patch after patch to one node, and so its masks are nearly random ones.
+        evolution_start: Progress until which masks are drawn as at progress 0, in [0, 1); number of nodes and softness
+            change from there on. Meanwhile, if every patch is a node, no teacher runs and a step costs what MAE's does.
         num_nodes_start: Nodes masked or kept as wholes at progress 0; None is every patch: MAE's random masking.
         num_nodes_end: Nodes at progress 1; None is an eighth of the patches, at least 2.
         num_nodes_curve: How the number falls with progress: "linear", "log" (geometric) or "cosine".
@@ -129,6 +131,7 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
     affinity: str = "attention"
     affinity_layers: list[int] | None = None
     linkage: str = "average"
+    evolution_start: float | int = 0.0
     num_nodes_start: int | None = None
     num_nodes_end: int | None = None
     num_nodes_curve: str = "linear"
@@ -313,6 +316,8 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
                 f"affinity_layers={layers} must name at least one layer, each in"
                 f" [-{self.num_hidden_layers}, {self.num_hidden_layers - 1}]; None takes the default"
             )
+        if not 0 <= self.evolution_start < 1:
+            raise ValueError(f"evolution_start={self.evolution_start} must lie in [0, 1): a fraction of pre-training")
         start, end = self.num_nodes_start, self.num_nodes_end
         for name, value in (("num_nodes_start", start), ("num_nodes_end", end)):
             if value is not None and not 1 <= value <= self.num_patches:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .configuration_ehm import EHMConfig
 from .hierarchy_ehm import PatchHierarchy
-from .masking_ehm import keyed_uniform, mask_scores, random_scores, rank_scores
+from .masking_ehm import evolution_at, keyed_uniform, mask_scores, node_scores, random_scores, rank_scores
 
 # Streams of a sample's randomness; 0 to 2 are taken by masking_ehm.
 BLOCK_STREAM, GRID_STREAM, NOISE_STREAM, START_STREAM, PART_STREAM, TIE_STREAM = 3, 4, 5, 6, 7, 8
@@ -107,9 +107,16 @@ def mask_policy_named(name: str) -> MaskPolicy:
 
 @register_mask_policy("ehm")
 def ehm_policy(request: MaskRequest) -> Tensor:
-    """Whole nodes of the model's own trees, ever larger ones (Feng & Zhang 2024)."""
+    """Whole nodes of the model's own trees, ever larger ones (Feng & Zhang 2024).
+
+    Where each patch is a node of its own all trees are alike, and the teacher is spared; but not at progress 0, so that
+    what keeps it from running is known at the first step.
+    """
     num_nodes, softness = request.schedule()
-    return mask_scores(request.hierarchy(), num_nodes, request.mask_seed, softness)
+    if num_nodes < request.num_patches or request.progress() == 0:
+        return mask_scores(request.hierarchy(), num_nodes, request.mask_seed, softness)
+    node = torch.arange(request.num_patches, device=request.mask_seed.device).expand(len(request.mask_seed), -1)
+    return node_scores(node, request.mask_seed, softness)
 
 
 @register_mask_policy("random")
@@ -181,11 +188,15 @@ def blur(images: Tensor, sigma: float, margin: int) -> Tensor:
 def epm_policy(request: MaskRequest) -> Tensor:
     """Flat parts instead of a tree, blended with grid noise: the forerunner (Feng et al., CVPR 2023) as in its code.
 
-    The number of parts follows `num_nodes_start`, `num_nodes_end` and `num_nodes_curve` (there 40 to 10, linear).
+    The number of parts follows `num_nodes_start`, `num_nodes_end` and `num_nodes_curve` (there 40 to 10, linear). Until
+    `evolution_start`, which is ours, masks are the grid's, and the teacher is spared as by "ehm".
     Unlike there, each image has random starts and a tile of its own, the number has no random addition of 0 to 2, and
     the affinity is symmetric.
     """
-    alpha, (num_parts, _), config = request.progress() ** 0.5, request.schedule(), request.config
+    (num_parts, _), config = request.schedule(), request.config
+    alpha = evolution_at(request.progress(), config.evolution_start) ** 0.5
+    if alpha == 0 < request.progress():
+        return grid_policy(request)
     # There the affinity is a sum over layers and heads, not a mean, and the sharpness is made for that.
     maps = len(config.resolved_affinity_layers) * (config.num_attention_heads if config.affinity == "attention" else 1)
     part = cluster_patches(maps * request.affinity(), num_parts, request.mask_seed)  # (B, N)

@@ -90,6 +90,17 @@ def num_nodes_at(progress: float, start: int, end: int, curve: str = "linear") -
     raise ValueError(f"num_nodes_curve={curve!r} is not one of linear, log, cosine")
 
 
+def evolution_at(progress: float, start: float) -> float:
+    """Finished fraction of the masks' evolution, which begins at `start` and ends with pre-training.
+
+    Args:
+        progress: Finished fraction of pre-training.
+        start: The same at which masks begin to change, at least 0 and less than 1.
+    """
+    _check_progress(progress)
+    return max(0.0, (progress - start) / (1 - start))
+
+
 def softness_at(progress: float, start: float, end: float) -> float:
     """Share of per-patch noise in the mask score, linear in progress; EPM blended by the root of its progress."""
     _check_progress(progress)
@@ -102,14 +113,28 @@ def _check_progress(progress: float) -> None:
 
 
 def mask_scores(hierarchy: PatchHierarchy, num_nodes: int | Tensor, mask_seed: Tensor, softness: float = 0.0) -> Tensor:
+    """Score of each patch by its node of a tree, see `node_scores`.
+
+    Args:
+        hierarchy: Trees of B images.
+        num_nodes: Nodes to cut each tree into, one int or `(B,)`.
+        mask_seed: `(B,)` int64, one number a sample.
+        softness: In [0, 1]: 0 masks whole nodes, 1 is random masking.
+
+    Returns:
+        `(B, N)` float32.
+    """
+    return node_scores(hierarchy.cut(num_nodes), mask_seed, softness)
+
+
+def node_scores(node: Tensor, mask_seed: Tensor, softness: float = 0.0) -> Tensor:
     """Score of each patch; the patches of highest score are masked.
 
     Every node draws one number, every patch another; `(1 - softness) * node + softness * patch` is sorted, ties
     (all patches of one node, at softness 0) in random order. The place in that order is the score.
 
     Args:
-        hierarchy: Trees of B images.
-        num_nodes: Nodes to cut each tree into, one int or `(B,)`.
+        node: `(B, N)` int64, the node of each patch, in [0, N).
         mask_seed: `(B,)` int64, one number a sample.
         softness: In [0, 1]: 0 masks whole nodes, 1 is random masking.
 
@@ -119,10 +144,9 @@ def mask_scores(hierarchy: PatchHierarchy, num_nodes: int | Tensor, mask_seed: T
     """
     if not 0 <= softness <= 1:
         raise ValueError(f"softness={softness} is not in [0, 1]")
-    count = hierarchy.num_patches
-    mask_seed = mask_seed.to(hierarchy.parent.device)
-    node = keyed_uniform(mask_seed, count, NODE_STREAM).gather(1, hierarchy.cut(num_nodes))  # (B, N)
-    score = (1 - softness) * node + softness * keyed_uniform(mask_seed, count, PATCH_STREAM)
+    count, mask_seed = node.shape[1], mask_seed.to(node.device)
+    drawn = keyed_uniform(mask_seed, count, NODE_STREAM).gather(1, node)  # (B, N)
+    score = (1 - softness) * drawn + softness * keyed_uniform(mask_seed, count, PATCH_STREAM)
     return rank_scores(score, keyed_uniform(mask_seed, count, SPLIT_STREAM))
 
 
@@ -196,10 +220,12 @@ def hierarchical_mask(
 
 __all__ = [
     "draw_mask_seeds",
+    "evolution_at",
     "hierarchical_mask",
     "keyed_uniform",
     "mask_from_scores",
     "mask_scores",
+    "node_scores",
     "num_nodes_at",
     "random_scores",
     "rank_scores",

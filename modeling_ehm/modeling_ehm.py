@@ -41,7 +41,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .configuration_ehm import AUTO_MAP, EHMConfig, to_pair
 from .hierarchy_ehm import PatchHierarchy, build_hierarchy, symmetrize
 from .mask_policies_ehm import MaskRequest, mask_policy_named
-from .masking_ehm import draw_mask_seeds, mask_from_scores, num_nodes_at, softness_at
+from .masking_ehm import draw_mask_seeds, evolution_at, mask_from_scores, num_nodes_at, softness_at
 
 
 @dataclass
@@ -738,11 +738,11 @@ class EHMForPreTraining(EHMPreTrainedModel):
 
     def mask_schedule(self, progress: float | None = None, num_patches: int | None = None) -> tuple[int, float]:
         """Node count and softness at this point of training; native number of patches if None."""
-        progress = self._known(progress)
         config = self.config
+        evolved = evolution_at(self._known(progress), config.evolution_start)
         start, end = config.num_nodes_range(config.num_patches if num_patches is None else num_patches)
-        softness = softness_at(progress, config.softness_start, config.softness_end)
-        return num_nodes_at(progress, start, end, config.num_nodes_curve), softness
+        softness = softness_at(evolved, config.softness_start, config.softness_end)
+        return num_nodes_at(evolved, start, end, config.num_nodes_curve), softness
 
     def _known(self, progress: float | None) -> float:
         if progress is None:

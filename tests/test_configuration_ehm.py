@@ -45,6 +45,7 @@ def test_json_round_trip(make_config, tmp_path):
         "num_nodes_start": 30,
         "num_nodes_end": 4,
         "num_nodes_curve": "log",
+        "evolution_start": 0.25,
         "softness_end": 0.5,
         "objective": "simmim",
         "mask_policy": "random",
@@ -133,6 +134,9 @@ REFUSED = [
     ({"num_nodes_start": 17}, r"num_nodes_start=17 must lie in \[1, 16\], the number of patches"),
     ({"num_nodes_end": 0}, r"num_nodes_end=0 must lie in \[1, 16\]"),
     ({"num_nodes_start": 4, "num_nodes_end": 5}, "num_nodes_end=5 exceeds num_nodes_start=4"),
+    ({"evolution_start": 1.0}, r"evolution_start=1.0 must lie in \[0, 1\)"),
+    ({"evolution_start": -0.1}, r"evolution_start=-0.1 must lie in"),
+    ({"evolution_start": float("nan")}, r"evolution_start=nan must lie in"),
     ({"softness_start": 1.5}, r"softness_start=1.5 must lie in \[0, 1\]"),
     ({"softness_end": -0.1}, r"softness_end=-0.1 must lie in \[0, 1\]"),
 ]

@@ -29,7 +29,8 @@ from tiny_recipes import (
 )
 from transformers import AutoImageProcessor
 
-from modeling_ehm import EHMModel
+from modeling_ehm import EHMConfig, EHMModel
+from modeling_ehm.training.hub import _describe_masks
 
 TOKEN, REPO = "hf_loopbacksecret", "alice/tiny"
 CODE = {"configuration_ehm.py", "hierarchy_ehm.py", "masking_ehm.py", "mask_policies_ehm.py", "modeling_ehm.py"}
@@ -182,6 +183,14 @@ def test_the_card_tells_recipe_data_figures_and_hashes(pushed):
     assert "Steps: 2 of 2" in body
     last = [row for row in log_of(pushed.out) if "eval_knn" in row][-1]
     assert re.search(rf"^\| knn \| [0-9.]+ \| .* \| {last['eval_knn']:.3f} \(step 2\) \|$", body, re.MULTILINE)
+
+
+def test_the_card_describes_the_masks():
+    evolved = _describe_masks(EHMConfig(num_nodes_end=20, evolution_start=0.5, affinity_layers=[1]))
+    assert "ratio 0.75: 196 to 20 nodes of 196 patches (linear in progress from 0.5 on), softness 0.0 to 0.0" in evolved
+    assert "average linkage over attention of layers [1], online teacher" in evolved
+    assert " on)" not in _describe_masks(EHMConfig())
+    assert _describe_masks(EHMConfig(mask_policy="random")) == "random masks (as MAE), ratio 0.75"
 
 
 def test_the_card_does_not_tell_where_it_was_trained(pushed):

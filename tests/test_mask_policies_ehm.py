@@ -123,6 +123,18 @@ def test_parts_replace_the_grid_as_training_advances():
         assert len(split) <= 1
 
 
+def test_parts_begin_with_the_evolution():
+    model = small_model(mask_policy="epm", image_size=64, evolution_start=0.5).train()
+    images, seeds = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(1)), torch.arange(8)
+    at = partial(model.evolve_mask, images, mask_seed=seeds)
+    model.config.evolution_start = 0.0
+    expected = at(0.0), at(0.5)
+    model.config.evolution_start = 0.5
+    assert torch.equal(at(0.75), expected[1]) and not torch.equal(*expected)
+    model.patch_affinity = None  # calling it would fail
+    assert torch.equal(at(0.5), expected[0])
+
+
 def test_a_policy_of_ones_own(registry):
     @register_mask_policy("stripes")
     def stripes_scores(request):

@@ -15,9 +15,11 @@ from modeling_ehm.masking_ehm import (
     PATCH_STREAM,
     SPLIT_STREAM,
     draw_mask_seeds,
+    evolution_at,
     hash_int64,
     keyed_uniform,
     mask_from_scores,
+    node_scores,
     random_scores,
     softness_at,
 )
@@ -223,6 +225,13 @@ def test_score_is_the_documented_blend(softness):
     assert torch.equal(mask_scores(trees, 6, seeds, softness).argsort(1), blend.argsort(1))
 
 
+def test_where_each_patch_is_a_node_trees_make_no_difference():
+    seeds = torch.arange(5)
+    alone = node_scores(torch.arange(49).expand(5, -1), seeds, 0.2)
+    for seed in range(3):
+        assert torch.equal(mask_scores(random_trees(5, 49, seed), 49, seeds, 0.2), alone)
+
+
 def test_more_softness_splits_more_nodes():
     trees, seeds = random_trees(400, 49), torch.arange(400)
     split = []
@@ -327,6 +336,15 @@ def test_default_curve_is_epms():
 def test_refused_schedules(arguments, message):
     with pytest.raises(ValueError, match=message):
         num_nodes_at(*arguments)
+
+
+def test_evolution_rests_and_still_ends_with_training():
+    progress = (0, 0.25, 0.5, 0.75, 1)
+    assert [evolution_at(p, 0) for p in progress] == list(progress)
+    assert [evolution_at(p, 0.5) for p in progress] == [0, 0, 0, 0.5, 1]
+    assert evolution_at(1, 0.1) == 1
+    with pytest.raises(ValueError, match=r"progress=-0.1 is not in \[0, 1\]"):
+        evolution_at(-0.1, 0.5)
 
 
 def test_softness_is_linear_in_progress():

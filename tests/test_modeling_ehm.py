@@ -461,6 +461,32 @@ def test_mask_is_that_of_the_hierarchy_at_this_progress(make_config):
         assert torch.equal(model.evolve_mask(images, progress, seeds), expected)
 
 
+def test_masks_evolve_from_evolution_start_on(make_config):
+    early, late = (build(EHMForPreTraining, make_config(evolution_start=start)).train() for start in (0.0, 0.5))
+    images, seeds = some_images(4), torch.arange(4)
+    assert [late.mask_schedule(progress)[0] for progress in (0.0, 0.5, 0.75, 1.0)] == [16, 16, 9, 2]
+    for progress, evolved in ((0.0, 0.0), (0.3, 0.0), (0.5, 0.0), (0.75, 0.5), (1.0, 1.0)):
+        expected = early.evolve_mask(images, evolved, seeds)
+        assert torch.equal(late.evolve_mask(images, progress, seeds), expected), progress
+
+
+def test_while_each_patch_is_a_node_no_teacher_runs(make_config):
+    """But at the first step, where what is wrong with it is to be known."""
+
+    def refuse(images):
+        raise RuntimeError("teacher")
+
+    model = build(EHMForPreTraining, make_config(evolution_start=0.5)).train()
+    coarse = build(EHMForPreTraining, make_config(evolution_start=0.5, num_nodes_start=15)).train()
+    model.parse_hierarchy = coarse.parse_hierarchy = refuse
+    images, seeds = some_images(2), torch.arange(2)
+    for progress in (1e-6, 0.25, 0.5):
+        assert model.evolve_mask(images, progress, seeds).sum() == 24
+    for one, progress in ((model, 0.0), (model, 0.75), (coarse, 0.25)):
+        with pytest.raises(RuntimeError, match="teacher"):
+            one.evolve_mask(images, progress, seeds)
+
+
 def test_schedule_of_another_number_of_patches(make_config):
     model = build(EHMForPreTraining, make_config(num_nodes_end=6))
     assert model.mask_schedule(0.0, num_patches=4) == (4, 0.0)

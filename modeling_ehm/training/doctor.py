@@ -37,7 +37,7 @@ BANDS = {
 BAND_WIDTH = 0.15  # share
 MEAN_PREDICTED = 1.0
 LEARNT_BY = 0.2  # progress at which the loss must be below that
-COMPACTNESS_MARGIN = 0.02  # above random masks', in the last half of a run
+COMPACTNESS_MARGIN = 0.02  # more than of random ones, after half of the evolution
 MAX_DATA_WAIT, MAX_SKIPPED = 0.2, 0.001
 MIN_RANK = 3.0  # effective rank of the features of 64 images
 NUM_IMAGES = 64
@@ -131,12 +131,13 @@ def interpolate(points: tuple[tuple[float, float], ...], x: float) -> float:
 
 def check_masks(run: Run) -> Finding:
     """Whether evolved masks hang together more than random ones, once the tree is cut into half as many nodes."""
-    late = [row["mask_compactness"] for row in run.logs if run.progress(row) >= 0.5 and "mask_compactness" in row]
+    half = (1 + run.config.evolution_start) / 2
+    late = [row["mask_compactness"] for row in run.logs if run.progress(row) >= half and "mask_compactness" in row]
     if run.config.mask_policy != "ehm" or not late:
-        return Finding("masks", f"{run.config.mask_policy}, not looked at before half of training")
+        return Finding("masks", f"{run.config.mask_policy}, not looked at before {half:.0%} of training")
     ratio = run.config.mask_ratio
     random, own = ratio / (2 - ratio), statistics.mean(late)
-    measured = f"compactness {own:.3f} in the last half, random masks {random:.3f}"
+    measured = f"compactness {own:.3f} in the last half of their evolution, random masks {random:.3f}"
     if own < random + COMPACTNESS_MARGIN:
         advice = (
             "no different from random ones: set num_nodes_end lower and softness_end to 0; if they are, the affinity is"

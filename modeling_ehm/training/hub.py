@@ -248,9 +248,10 @@ def _describe_masks(config: EHMConfig) -> str:
     if config.mask_policy != "ehm":
         return f"masks by the policy {config.mask_policy!r}, ratio {config.mask_ratio}"
     start, end = config.num_nodes_range(config.num_patches)
+    since = f" from {config.evolution_start} on" if config.evolution_start else ""
     return (
         f"evolved hierarchical masks, ratio {config.mask_ratio}: {start} to {end} nodes of {config.num_patches} patches"
-        f" ({config.num_nodes_curve} in progress), softness {config.softness_start} to {config.softness_end},"
+        f" ({config.num_nodes_curve} in progress{since}), softness {config.softness_start} to {config.softness_end},"
         f" {config.linkage} linkage over {config.affinity} of layers {list(config.resolved_affinity_layers)},"
         f" {config.teacher} teacher"
     )

@@ -94,6 +94,34 @@ def test_a_policy_of_ones_own_is_measured(ledger, tmp_path, monkeypatch):
     assert costs.keys() == {"mine"} and costs["mine"] > 0
 
 
+def test_steps_before_the_evolution_cost_what_random_masks_do(ledger, tmp_path, monkeypatch):
+    four = ["training.global_batch_size=64", "training.base_learning_rate=6.0e-3", "model.masks_per_image=4"]
+    settings = {
+        "random": ["model.mask_policy=random"],
+        "ehm": [],
+        "late": ["model.evolution_start=0.75"],
+        "late, four": ["model.evolution_start=0.75", *four],
+        "late, coarse": ["model.evolution_start=0.75", "model.num_nodes_start=32"],
+        "late, random": ["model.mask_policy=random", "model.evolution_start=0.75"],
+    }
+    plan = plan_of(ledger, tmp_path, settings=settings)
+    timed = {}
+
+    def time_steps(models, shape, rounds, setting):
+        timed.update((name, model.config) for name, model in models.items())
+        return {name: [1.0 if model.config.mask_policy == "random" else 3.0] for name, model in models.items()}
+
+    monkeypatch.setattr(ledger, "time_steps", time_steps)
+    monkeypatch.setattr(ledger, "time_images", lambda recipe: 1 / 256)
+    costs = ledger.measure_costs(plan, list(settings), rounds=1)
+    assert costs["ehm"] == costs["late, coarse"] == (3 + 1) / (1 + 1)
+    assert costs["late"] == (0.75 * 1 + 0.25 * 3 + 1) / 2
+    assert costs["late, four"] == (0.75 * 1 + 0.25 * 3 + 0.25) / 2
+    assert costs["late, random"] == 1
+    assert costs.keys() == settings.keys() and len(timed) == len(settings) + 2
+    assert timed["late, four, before its masks change"].masks_per_image == 4
+
+
 @pytest.fixture
 def finished_work(ledger, tmp_path, monkeypatch):
     """A plan and a folder in which the runs of `random` are finished, with one downstream run; what runs is noted."""
