@@ -201,12 +201,9 @@ def masks_a_step(recipe: Recipe) -> int:
 def measure_costs(plan: Plan, names: list[str], rounds: int) -> dict[str, float]:
     """Cost of a step of these settings, data included, as a ratio to that of the reference.
 
-    Of the model's part, the median of ratios in the same round; where masks change late, it is the mean of what a step
-    costs before and after, before with random masks, which are the same without a teacher.
+    Of the model's part, the median of ratios in the same round.
     """
     recipes = {name: plan.recipe_of(name) for name in {plan.reference: None} | dict.fromkeys(names)}
-    early = {name: share for name, recipe in recipes.items() if (share := share_without_teacher(recipe))}
-    recipes |= {before(name): plan.recipe_of(name, "model.mask_policy=random") for name in early}
     args = EHMTrainingArguments(**recipes[plan.reference].training)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = torch.bfloat16 if args.bf16 else torch.float32
@@ -231,20 +228,7 @@ def measure_costs(plan: Plan, names: list[str], rounds: int) -> dict[str, float]
     for name, own in seconds.items():
         ratio = statistics.median(a / b for a, b in zip(own, seconds[plan.reference], strict=True))
         costs[name] = ratio * reference + image_seconds * recipes[name].training["global_batch_size"]
-    for name, share in early.items():
-        costs[name] = share * costs[before(name)] + (1 - share) * costs[name]
     return {name: costs[name] / costs[plan.reference] for name in names}
-
-
-def before(setting: str) -> str:
-    return f"{setting}, before its masks change"
-
-
-def share_without_teacher(recipe: Recipe) -> float:
-    """Of a run's steps, those before masks change, if each patch is a node then."""
-    if recipe.model.get("num_nodes_start") is not None or recipe.model.get("mask_policy", "ehm") != "ehm":
-        return 0.0
-    return recipe.model.get("evolution_start", 0.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -362,13 +346,31 @@ def main() -> None:
 
 
 def costs_of(plan: Plan, record: Record, rounds: int) -> dict[str, float]:
-    """Costs of all settings, as ratios to the reference's; those not on record are measured, and noted there."""
+    """Costs of all settings, as ratios to the reference's; what is not on record is measured, and noted there."""
     common = [plan.common, plan.settings[plan.reference]]
-    keys = {name: key_of(plan.recipe, *common, overrides) for name, overrides in plan.settings.items()}
-    if missing := [name for name, key in keys.items() if key not in record.costs]:
-        for name, ratio in measure_costs(plan, missing, rounds).items():
-            record.costs[keys[name]] = {"setting": name, "ratio": ratio, "machine": machine()}
-    return {name: record.costs[key]["ratio"] for name, key in keys.items()}
+    phases = {name: phases_of(plan, name) for name in plan.settings}
+    keys = {own: key_of(plan.recipe, *common, list(own)) for some in phases.values() for own in some}
+    if missing := [own for own, key in keys.items() if key not in record.costs]:
+        names = {tuple(overrides): name for name, overrides in plan.settings.items()}
+        named = {names.get(own, " ".join(own)): own for own in missing}
+        measured = dataclasses.replace(plan, settings=plan.settings | {name: list(own) for name, own in named.items()})
+        for name, ratio in measure_costs(measured, list(named), rounds).items():
+            record.costs[keys[named[name]]] = {"setting": name, "ratio": ratio, "machine": machine()}
+    ratios = {own: record.costs[key]["ratio"] for own, key in keys.items()}
+    return {name: sum(share * ratios[own] for own, share in some.items()) for name, some in phases.items()}
+
+
+def phases_of(plan: Plan, setting: str) -> dict[tuple[str, ...], float]:
+    """Overrides of the phases of a run between which steps cost another time, with their shares of the steps.
+
+    Until masks change, if every patch is a node, no teacher runs: a step costs what it does with random masks.
+    """
+    model, overrides = plan.recipe_of(setting).model, plan.settings[setting]
+    share = model.get("evolution_start", 0.0)
+    if not share or model.get("num_nodes_start") is not None or model.get("mask_policy", "ehm") != "ehm":
+        return {tuple(overrides): 1.0}
+    later = [override for override in overrides if not override.startswith("model.evolution_start=")]
+    return {("model.mask_policy=random", *later): share, tuple(later): 1 - share}
 
 
 def report(

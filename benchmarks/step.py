@@ -152,8 +152,7 @@ def some_images(model: nn.Module, shape: Shape, setting: Setting, number: int) -
     arguments = {"pixel_values": torch.randn(size, generator=generator, device=setting.device)}
     if model.config.model_type == "ehm":
         seeds = torch.arange(count) + number * count
-        halfway = (1 + model.config.evolution_start) / 2  # from the first to the last step of changing masks
-        arguments |= {"progress": halfway, "mask_seed": seeds.to(setting.device)}
+        arguments |= {"progress": 0.5, "mask_seed": seeds.to(setting.device)}
     return arguments
 
 

@@ -94,7 +94,7 @@ def test_a_policy_of_ones_own_is_measured(ledger, tmp_path, monkeypatch):
     assert costs.keys() == {"mine"} and costs["mine"] > 0
 
 
-def test_steps_before_the_evolution_cost_what_random_masks_do(ledger, tmp_path, monkeypatch):
+def test_steps_before_the_evolution_cost_what_those_of_random_masks_do(ledger, tmp_path, monkeypatch):
     four = ["training.global_batch_size=64", "training.base_learning_rate=6.0e-3", "model.masks_per_image=4"]
     settings = {
         "random": ["model.mask_policy=random"],
@@ -104,22 +104,22 @@ def test_steps_before_the_evolution_cost_what_random_masks_do(ledger, tmp_path, 
         "late, coarse": ["model.evolution_start=0.75", "model.num_nodes_start=32"],
         "late, random": ["model.mask_policy=random", "model.evolution_start=0.75"],
     }
-    plan = plan_of(ledger, tmp_path, settings=settings)
-    timed = {}
+    plan, asked = plan_of(ledger, tmp_path, settings=settings), {}
 
-    def time_steps(models, shape, rounds, setting):
-        timed.update((name, model.config) for name, model in models.items())
-        return {name: [1.0 if model.config.mask_policy == "random" else 3.0] for name, model in models.items()}
+    def measure_costs(plan, names, rounds):
+        asked.update({name: plan.recipe_of(name).model for name in names})
+        return {name: 1.0 if asked[name].get("mask_policy") == "random" else 3.0 for name in names}
 
-    monkeypatch.setattr(ledger, "time_steps", time_steps)
-    monkeypatch.setattr(ledger, "time_images", lambda recipe: 1 / 256)
-    costs = ledger.measure_costs(plan, list(settings), rounds=1)
-    assert costs["ehm"] == costs["late, coarse"] == (3 + 1) / (1 + 1)
-    assert costs["late"] == (0.75 * 1 + 0.25 * 3 + 1) / 2
-    assert costs["late, four"] == (0.75 * 1 + 0.25 * 3 + 0.25) / 2
-    assert costs["late, random"] == 1
-    assert costs.keys() == settings.keys() and len(timed) == len(settings) + 2
-    assert timed["late, four, before its masks change"].masks_per_image == 4
+    monkeypatch.setattr(ledger, "measure_costs", measure_costs)
+    record = ledger.Record()
+    costs = ledger.costs_of(plan, record, rounds=1)
+    assert costs["late"] == costs["late, four"] == 0.75 * 1 + 0.25 * 3
+    assert costs["random"] == costs["late, random"] == 1 and costs["ehm"] == costs["late, coarse"] == 3
+    assert len(asked) == len(record.costs) == 6  # random, ehm, four masks with and without a teacher, the last two
+    four = [model for model in asked.values() if model.get("masks_per_image") == 4]
+    assert [model.get("evolution_start", 0) for model in four] == [0, 0]
+    asked.clear()
+    assert ledger.costs_of(plan, record, rounds=1) == costs and not asked
 
 
 @pytest.fixture
