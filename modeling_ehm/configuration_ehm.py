@@ -79,7 +79,8 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
         linkage: Affinity of two nodes: mean ("average"), largest ("single") or smallest ("complete") of their members.
             Single linkage adds patch after patch to one node, and so its masks are nearly random ones.
         evolution_start: Progress until which masks are drawn as at progress 0, in [0, 1); number of nodes and softness
-            change from there on. Meanwhile, if every patch is a node, no teacher runs and a step costs what MAE's does.
+            change from there on. Meanwhile, if every patch is a node, no teacher runs after the first step, and a step
+            costs what MAE's does.
         num_nodes_start: Nodes masked or kept as wholes at progress 0; None is every patch: MAE's random masking.
         num_nodes_end: Nodes at progress 1; None is an eighth of the patches, at least 2.
         num_nodes_curve: How the number falls with progress: "linear", "log" (geometric) or "cosine".
