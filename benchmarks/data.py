@@ -13,7 +13,6 @@ import argparse
 import datetime
 import io
 import itertools
-import json
 import statistics
 import tempfile
 import time
@@ -24,7 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from datasets import Dataset, Features, Image
-from downstream import machine, write_tables
+from downstream import machine, write_json, write_tables
 from PIL import Image as PILImage
 
 from modeling_ehm.training.data import (
@@ -150,8 +149,7 @@ def main() -> None:
     for name, one in results.items():
         micro = one["microseconds"]
         lines.append(f"| {name} | {micro:.0f} | {1e6 / micro:.0f} | {one['times_plain_pillow']:.2f} |")
-    options.out_stem.parent.mkdir(parents=True, exist_ok=True)
-    options.out_stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(options.out_stem.with_suffix(".json"), results, options)
     size = statistics.mean(map(len, contents)) / 1000
     text = f"{datetime.date.today()}; {machine()}; {count} images of {size:.0f} kB; {options.rounds} rounds.\n\n"
     text += "\n".join(lines) + "\n"

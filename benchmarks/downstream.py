@@ -263,6 +263,14 @@ def _cpu_info() -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
+def write_json(path: Path, results: dict | list, options: argparse.Namespace) -> None:
+    """Results with date, machine, threads and the options of the command."""
+    settings = {name: value for name, value in vars(options).items() if not isinstance(value, Path)}
+    told = {"date": str(datetime.date.today()), "machine": machine(), "threads": torch.get_num_threads()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(told | {"options": settings, "results": results}, indent=1) + "\n")
+
+
 def write_tables(path: Path, text: str) -> None:
     """Put the tables between the marks of a Markdown file; where there are none they come at its end."""
     text_before = path.read_text() if path.exists() else ""

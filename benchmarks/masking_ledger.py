@@ -31,6 +31,7 @@ import yaml
 from downstream import ROOT, cell, finished_results, machine, run_all, run_one, write_tables
 from step import Setting, time_steps
 
+from modeling_ehm import EHMConfig
 from modeling_ehm.training.arguments import EHMTrainingArguments
 from modeling_ehm.training.pretrained import load_for_pretraining
 from modeling_ehm.training.recipes import Recipe
@@ -363,14 +364,23 @@ def costs_of(plan: Plan, record: Record, rounds: int) -> dict[str, float]:
 def phases_of(plan: Plan, setting: str) -> dict[tuple[str, ...], float]:
     """Overrides of the phases of a run between which steps cost another time, with their shares of the steps.
 
-    Until masks change, if every patch is a node, no teacher runs: a step costs what it does with random masks.
+    Until masks change no teacher runs, if it is not needed: a step costs what it does under a policy that has none.
+
+    Raises:
+        ValueError: `evolution_start` does not stand in the setting itself.
     """
-    model, overrides = plan.recipe_of(setting).model, plan.settings[setting]
-    share = model.get("evolution_start", 0.0)
-    if not share or model.get("num_nodes_start") is not None or model.get("mask_policy", "ehm") != "ehm":
-        return {tuple(overrides): 1.0}
-    later = [override for override in overrides if not override.startswith("model.evolution_start=")]
-    return {("model.mask_policy=random", *later): share, tuple(later): 1 - share}
+    overrides, start = tuple(plan.settings[setting]), "model.evolution_start="
+    config = EHMConfig(**plan.recipe_of(setting).model)
+    each_alone = config.num_nodes_range(config.num_patches)[0] == config.num_patches
+    before = {"ehm": "random" if each_alone else None, "epm": "grid"}.get(config.mask_policy)
+    if not config.evolution_start or before is None:
+        return {overrides: 1.0}
+    if not any(override.startswith(start) for override in overrides):
+        raise ValueError(f"{setting}: write {start}{config.evolution_start} into the settings that shall have it")
+    later = tuple(override for override in overrides if not override.startswith(start))
+    others = (override for override in later if not override.startswith("model.mask_policy="))
+    first = (f"model.mask_policy={before}", *others)
+    return {first: config.evolution_start, later: 1 - config.evolution_start}
 
 
 def report(

@@ -5,13 +5,14 @@
 Measured: images a second as the run itself logs them, its first log left out, of one process, of two processes that
 share the work, and of two runs of one process beside each other, which is what the machine gives to two processes that
 need not talk; every process has the same number of images a step. The three take turns; medians over rounds.
-On paper: operations of a step by count, over a speed that is assumed (--tflops), and prices that are assumed (--price).
+On paper: a ViT-B's steps as step.py timed them on one GPU (--steps-of); for a ViT-L its operations by count, at the
+speed that the ViT-B reached with the same masks. Crops as data.py measured them (--data). The price of a GPU and what
+is sent between GPUs a second are assumed.
 Writes OUT_STEM.json and the tables into OUT_STEM.md, between two marks.
 """
 
 import argparse
 import concurrent.futures
-import datetime
 import json
 import statistics
 import subprocess
@@ -21,16 +22,16 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from downstream import ROOT, machine, write_tables
-from step import Shape, layer_flops
+from downstream import ROOT, write_json, write_tables
+from step import IMAGES_ON_GPU, Shape, layer_flops
 
 from modeling_ehm.training.tasks import pretrain
 
-RECIPE = ROOT / "configs/pretrain/tin64_vit_tiny.yaml"
-LOGGED = ("images_per_second", "data_wait_share", "teacher_share", "tree_share")
+RESULTS, RECIPE = ROOT / "docs/results", ROOT / "configs/pretrain/tin64_vit_tiny.yaml"
+LOGGED = ("images_per_second", "data_wait_share", "teacher_share", "mask_share")
 ONE, TWO, BESIDE = "one process", "two processes", "two runs beside each other"
 IMAGENET = 1_281_167  # images of ImageNet-1K's training split
-SHAPES = {  # as published with MAE; images a step are given below
+SHAPES = {  # as published with MAE
     "ViT-B/16": Shape(1, 224, 16, 768, 12, 12, 512, 8, 16),
     "ViT-L/16": Shape(1, 224, 16, 1024, 24, 16, 512, 8, 16),
 }
@@ -38,18 +39,25 @@ SHAPES = {  # as published with MAE; images a step are given below
 
 @dataclass(frozen=True)
 class Masks:
-    """What a mask costs beside the student: layers of the teacher, and masks that share one pass of it."""
+    """What a mask costs beside the student.
 
-    teacher_share: float  # of the encoder's layers
+    Attributes:
+        teacher_share: Of the encoder's layers, those of the teacher.
+        masks_per_image: Masks that share one pass of it.
+        variant: Of step.py, which timed them.
+    """
+
+    teacher_share: float
     masks_per_image: int
+    variant: str
 
 
 MASKS = {
-    "random": Masks(0, 1),
-    "EHM, all layers": Masks(1, 1),
-    "EHM, all layers, R = 4": Masks(1, 4),
-    "EHM, a quarter of the layers": Masks(0.25, 1),
-    "EHM, a quarter of the layers, R = 4": Masks(0.25, 4),
+    "random": Masks(0, 1, "random masks"),
+    "EHM, all layers": Masks(1, 1, "EHM, 12 layers"),
+    "EHM, all layers, R = 4": Masks(1, 4, "EHM, 12 layers, R = 4"),
+    "EHM, a quarter of the layers": Masks(0.25, 1, "EHM, 3 layers"),
+    "EHM, a quarter of the layers, R = 4": Masks(0.25, 4, "EHM, 3 layers, R = 4"),
 }
 
 
@@ -99,6 +107,15 @@ def flops_a_mask(shape: Shape, masks: Masks) -> float:
     return shape.flops() + masks.teacher_share * teacher / masks.masks_per_image
 
 
+def speeds(steps: dict) -> dict[str, float]:
+    """Operations a second that a GPU kept up with each kind of masks, from the steps of ViT-B that step.py timed."""
+    figures, images = steps["results"]["base"]["figures"], IMAGES_ON_GPU["base"]
+    return {
+        name: flops_a_mask(SHAPES["ViT-B/16"], masks) * images / (1e-3 * figures[masks.variant]["milliseconds"])
+        for name, masks in MASKS.items()
+    }
+
+
 def num_weights(shape: Shape) -> float:
     """Weights of encoder and decoder, norms and biases left out."""
     pixels = 3 * shape.patch_size**2
@@ -107,14 +124,14 @@ def num_weights(shape: Shape) -> float:
     return encoder + decoder + shape.decoder_hidden_size * (shape.hidden_size + pixels)
 
 
-def paper_table(options: argparse.Namespace, crops_a_second: float) -> str:
+def paper_table(options: argparse.Namespace, speed_of: dict[str, float], crops_a_second: float) -> str:
     """Hours and cost of `options.epochs` times as many masks as ImageNet-1K has images."""
     header = ["model", "masks", "GPUs", "hours", "GPU hours", "cost", "crops a second", "cores", "gradients / step"]
     lines = ["| " + " | ".join(header) + " |", "|" + " --- |" * len(header)]
     for name, shape in SHAPES.items():
         for label, masks in MASKS.items():
             for gpus, gigabytes in zip(options.gpus, options.bandwidth, strict=True):
-                speed = gpus * 1e12 * options.tflops
+                speed = gpus * speed_of[label]
                 seconds = options.epochs * IMAGENET * flops_a_mask(shape, masks) / speed
                 crops = options.epochs * IMAGENET / masks.masks_per_image / seconds
                 step = options.batch * flops_a_mask(shape, masks) / speed
@@ -125,6 +142,28 @@ def paper_table(options: argparse.Namespace, crops_a_second: float) -> str:
                 cells += [f"{hours * gpus * options.price:,.0f}", f"{crops:,.0f}", f"{crops / crops_a_second:.0f}"]
                 lines.append("| " + " | ".join([*cells, f"{transfer / step:.2f}"]) + " |")
     return "\n".join(lines)
+
+
+def report(options: argparse.Namespace, measured: dict) -> str:
+    """The tables, with what was measured here and on a GPU."""
+    steps, data = (json.loads(path.read_text()) for path in (options.steps_of, options.data))
+    crops_a_second, own = 1e6 / data["results"]["ours"]["microseconds"], measured["options"]
+    return f"""{measured["date"]}; {measured["machine"]}; one thread a process; {RECIPE.stem},
+{own["images"]} images a step and process, {own["steps"]} steps, {own["rounds"]} rounds.
+
+{measured_table(measured["results"])}
+
+On paper, {options.epochs} times as many masks as ImageNet-1K has images, with steps as timed on one GPU
+({steps["date"]}; {steps["machine"]}; {steps["options"]["dtype"]}).
+Assumed: that ViT-L's operations take as long as ViT-B's, {options.price:g} dollars an hour,
+{", ".join(f"{b:g}" for b in options.bandwidth)} GB/s a GPU between {", ".join(map(str, options.gpus))} GPUs.
+Cores: of the crops a second, by those that one core makes ({crops_a_second:.0f}; {data["date"]},
+{data["machine"]}).
+Last column: time in which the gradients of a step of {options.batch} masks are summed, over the step's own; what is
+well below 1 can pass beside the backward pass.
+
+{paper_table(options, speeds(steps), crops_a_second)}
+"""
 
 
 def main() -> None:
@@ -138,26 +177,15 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=4096, help="masks a step, for the share of gradients")
     parser.add_argument("--gpus", nargs="+", type=int, default=[8, 64])
     parser.add_argument("--bandwidth", nargs="+", type=float, default=[400, 40], help="GB a second and GPU, for each")
-    parser.add_argument("--tflops", type=float, default=400, help="that a GPU keeps up, assumed")
+    parser.add_argument("--steps-of", type=Path, default=RESULTS / "step_h200.json", help="JSON of step.py on a GPU")
+    parser.add_argument("--data", type=Path, default=RESULTS / "data.json", help="JSON of data.py")
+    parser.add_argument("--paper", action="store_true", help="measure nothing; OUT_STEM.json is there")
     parser.add_argument("--price", type=float, default=3, help="dollars of a GPU for an hour, assumed")
     options = parser.parse_args()
-    crops_a_second = 1e6 / json.loads((ROOT / "docs/results/data.json").read_text())["ours"]["microseconds"]
-    figures = measure(options.images, options.steps, options.rounds, options.set)
-    options.out_stem.parent.mkdir(parents=True, exist_ok=True)
-    options.out_stem.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n")
-    text = f"""{datetime.date.today()}; {machine()}; one thread a process; {RECIPE.stem}, {options.images} images a step
-and process, {options.steps} steps, {options.rounds} rounds.
-
-{measured_table(figures)}
-
-On paper, {options.epochs} times as many masks as ImageNet-1K has images; assumed: {options.tflops:.0f} TFLOP/s a GPU,
-{options.price:g} dollars an hour, {", ".join(f"{b:g}" for b in options.bandwidth)} GB/s a GPU between
-{", ".join(map(str, options.gpus))} GPUs. Cores: of the crops a second, by those that one core makes
-here ({crops_a_second:.0f}). Last column: time in which the gradients of a step of {options.batch} masks are summed,
-over the step's own; what is well below 1 can pass beside the backward pass.
-
-{paper_table(options, crops_a_second)}
-"""
+    path = options.out_stem.with_suffix(".json")
+    if not options.paper:
+        write_json(path, measure(options.images, options.steps, options.rounds, options.set), options)
+    text = report(options, json.loads(path.read_text()))
     write_tables(options.out_stem.with_suffix(".md"), text)
     print(text)
 

@@ -13,7 +13,6 @@ Writes OUT_STEM.json and the tables into OUT_STEM.md, between two marks.
 
 import argparse
 import datetime
-import json
 import random
 import resource
 import statistics
@@ -28,7 +27,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-from downstream import machine, write_tables
+from downstream import machine, write_json, write_tables
 from torch import Tensor, nn
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -47,6 +46,9 @@ VARIANTS = {  # fields of EHMConfig; the first is held against ViTMAE's loss
     "EHM, 12 layers, R = 4": ALL_LAYERS | {"masks_per_image": 4},
     "EHM, 3 layers": THREE_LAYERS | {"masks_per_image": 1},
     "EHM, 3 layers, R = 4": THREE_LAYERS | {"masks_per_image": 4},
+    "EHM, second layer": {"affinity": "attention", "affinity_layers": [1]},
+    "EHM, keys of the last layer": {"affinity": "keys", "affinity_layers": [-1]},
+    "EHM, until masks evolve": {"evolution_start": 0.9},  # steps are timed at progress 0.5
 }
 
 
@@ -291,6 +293,7 @@ def memory_of(variant: str, shape: str, options: argparse.Namespace) -> float:
         return measure_memory(variant, shape_named(shape, options), setting_of(options))
     command = [sys.executable, __file__, "-", "--memory-of", variant, "--shapes", shape, "--dtype", options.dtype]
     command += ["--attention", options.attention, "--device", options.device]
+    command += ["--compile"] if options.compile else []
     ended = subprocess.run(command, check=True, capture_output=True, text=True)
     return float(ended.stdout.split()[-1])
 
@@ -341,8 +344,7 @@ def main() -> None:
         for variant, one in results[name]["figures"].items():
             one["memory"] = memory[variant]
             one["memory_ratio"] = memory[variant] / memory[REFERENCE]
-    options.out_stem.parent.mkdir(parents=True, exist_ok=True)
-    options.out_stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(options.out_stem.with_suffix(".json"), results, options)
     text = f"""{datetime.date.today()}; {machine()}; {torch.get_num_threads()} thread(s); {options.dtype},
 {options.attention} attention{", compiled" if options.compile else ""}; {options.rounds} rounds;
 images a step: {", ".join(f"{shape_named(name, options).batch_size} ({name})" for name in results)}.

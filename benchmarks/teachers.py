@@ -4,8 +4,8 @@
 
 Each run is the folder of a finished pre-training; its own recipe names the images, those of `data.probe_test`. Nothing
 is trained: whether other trees train as well is for masking_ledger.py to say. All trees of an image are cut into as
-many nodes as masks had halfway and at the end of the run. The partitions are held against the default's by the adjusted
-Rand index (1: the same, 0: as alike as chance makes them). Means over images, then over runs.
+many nodes as masks had halfway through their evolution and at its end. The partitions are held against the default's
+by the adjusted Rand index (1: the same, 0: as alike as chance makes them). Means over images, then over runs.
 Writes OUT_STEM.json and the table into OUT_STEM.md, between two marks.
 """
 
@@ -111,9 +111,9 @@ def agreement(nodes: Tensor, reference: Tensor) -> dict[str, float]:
 
 
 def halfway_and_last(config: EHMConfig) -> tuple[int, ...]:
-    """Numbers of nodes that masks are drawn from."""
+    """Numbers of nodes that masks are drawn from, halfway through their evolution and at its end."""
     nodes = config.num_nodes_range(config.num_patches)
-    return tuple(num_nodes_at(progress, *nodes, config.num_nodes_curve) for progress in (0.5, 1.0))
+    return tuple(num_nodes_at(evolved, *nodes, config.num_nodes_curve) for evolved in (0.5, 1.0))
 
 
 def measure(run: Path, num_images: int) -> dict[str, dict[str, dict[str, float]]]:

@@ -12,7 +12,6 @@ Writes OUT_STEM.json and the tables into OUT_STEM.md, between two marks.
 
 import argparse
 import datetime
-import json
 import math
 import statistics
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from downstream import machine, write_tables
+from downstream import machine, write_json, write_tables
 from scipy.cluster.hierarchy import linkage
 from scipy.spatial.distance import squareform
 from step import Setting
@@ -139,8 +138,7 @@ def main() -> None:
         for side in SIDES:
             affinity = make(max(4, patches // side**2), side, side).to(setting.device)
             results.setdefault(kind, {})[side**2] = measure(affinity, setting, options.rounds)
-    options.out_stem.parent.mkdir(parents=True, exist_ok=True)
-    options.out_stem.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+    write_json(options.out_stem.with_suffix(".json"), results, options)
     text = f"""{datetime.date.today()}; {machine()}; {torch.get_num_threads()} thread(s); {options.rounds} rounds;
 {patches} patches a batch, so {patches // 196} images of 196.
 

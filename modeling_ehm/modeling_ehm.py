@@ -596,7 +596,8 @@ class EHMForPreTraining(EHMPreTrainedModel):
 
     Attributes:
         progress: Finished fraction of pre-training, in [0, 1]; a callback of the Trainer sets it before each step.
-        timings: None, or a dict into which the seconds of "teacher" and "tree" are added (synchronises the device).
+        timings: None, or a dict into which the seconds of "masks", their whole making, and of the "teacher" within it
+            are added (synchronises the device).
     """
 
     # The loss is a mean over this batch's hidden patches; Trainer must divide it by the accumulation steps itself.
@@ -726,15 +727,23 @@ class EHMForPreTraining(EHMPreTrainedModel):
             affinity=lambda: as_caller(self.patch_affinity)(pixel_values),
             hierarchy=lambda: as_caller(self.parse_hierarchy)(pixel_values),
         )
-        with torch.autocast(device_type, enabled=False):  # bfloat16 would round scores into ties
-            scores = mask_policy_named(self.config.mask_policy)(request)  # (B, N)
-        if scores.shape != (len(pixel_values), rows * columns):
+        with self._timed("masks"), torch.autocast(device_type, enabled=False):  # bfloat16 would round scores into ties
+            return self._draw_masks(request)
+
+    def _draw_masks(self, request: MaskRequest) -> Tensor:
+        """Masks by the policy that the config names; shape as of `evolve_mask`.
+
+        Raises:
+            ValueError: the policy's scores have another shape than `(B, N)`.
+        """
+        scores, count = mask_policy_named(self.config.mask_policy)(request), len(request.pixel_values)
+        if scores.shape != (count, request.num_patches):
             raise ValueError(
                 f"mask_policy={self.config.mask_policy!r} gave scores of shape {tuple(scores.shape)};"
-                f" ({len(pixel_values)} images, {rows * columns} patches) is expected"
+                f" ({count} images, {request.num_patches} patches) is expected"
             )
         num_masks = self.config.masks_per_image if self.training else 1
-        return mask_from_scores(scores, self.config.num_hidden_patches(rows * columns), num_masks)
+        return mask_from_scores(scores, self.config.num_hidden_patches(request.num_patches), num_masks)
 
     def mask_schedule(self, progress: float | None = None, num_patches: int | None = None) -> tuple[int, float]:
         """Node count and softness at this point of training; native number of patches if None."""
@@ -768,8 +777,7 @@ class EHMForPreTraining(EHMPreTrainedModel):
         """Parse images `(B, C, H, W)` into trees, with the teacher that the config names."""
         grid_size = self.get_input_embeddings().grid_of(pixel_values)
         affinity = self.patch_affinity(pixel_values)
-        with self._timed("tree"):
-            return build_hierarchy(affinity, self.config.linkage, grid_size)
+        return build_hierarchy(affinity, self.config.linkage, grid_size)
 
     def teacher_encoder(self) -> EHMModel:
         """The encoder whose affinities build the trees: this one, or the attached moving average of it.

@@ -19,14 +19,17 @@ from modeling_ehm.training.recorded_trainer import RecordedTrainer, WatchedStep
 
 
 class StepClock:
-    """Seconds since the last log, by part: waiting for data, whole steps, teacher and tree of the measured steps."""
+    """Seconds since the last log, by part: waiting for data, whole steps, and of the measured steps masks and teacher.
+
+    The teacher's are among those of the masks.
+    """
 
     def __init__(self):
         self.restart()
 
     def restart(self) -> None:
         self.started, self.images, self.paused = time.perf_counter(), 0, 0.0
-        self.seconds = {"data": 0.0, "step": 0.0, "measured": 0.0, "teacher": 0.0, "tree": 0.0}
+        self.seconds = {"data": 0.0, "step": 0.0, "measured": 0.0, "masks": 0.0, "teacher": 0.0}
 
     def add(self, part: str, seconds: float) -> None:
         self.seconds[part] += seconds
@@ -38,12 +41,12 @@ class StepClock:
         """
         wall = max(time.perf_counter() - self.started - self.paused, 1e-9)
         measured = max(self.seconds["measured"], 1e-9)
-        step_share = self.seconds["step"] / wall  # teacher and tree are measured within steps
+        step_share = self.seconds["step"] / wall  # masks are measured within steps
         return {
             "images_per_second": self.images * num_processes / wall,
             "data_wait_share": self.seconds["data"] / wall,
             "teacher_share": self.seconds["teacher"] / measured * step_share,
-            "tree_share": self.seconds["tree"] / measured * step_share,
+            "mask_share": (self.seconds["masks"] - self.seconds["teacher"]) / measured * step_share,
         }
 
 

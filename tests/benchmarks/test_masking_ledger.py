@@ -1,5 +1,6 @@
 """The ledger of mask policies: equal masks a step, equal time, and only what is finished in the table."""
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -103,23 +104,33 @@ def test_steps_before_the_evolution_cost_what_those_of_random_masks_do(ledger, t
         "late, four": ["model.evolution_start=0.75", *four],
         "late, coarse": ["model.evolution_start=0.75", "model.num_nodes_start=32"],
         "late, random": ["model.mask_policy=random", "model.evolution_start=0.75"],
+        "late, named": ["model.mask_policy=ehm", "model.evolution_start=0.75", "model.num_nodes_start=64"],
+        "late, parts": ["model.mask_policy=epm", "model.evolution_start=0.75"],
     }
     plan, asked = plan_of(ledger, tmp_path, settings=settings), {}
 
     def measure_costs(plan, names, rounds):
         asked.update({name: plan.recipe_of(name).model for name in names})
-        return {name: 1.0 if asked[name].get("mask_policy") == "random" else 3.0 for name in names}
+        return {name: {"random": 1.0, "grid": 2.0}.get(asked[name].get("mask_policy"), 3.0) for name in names}
 
     monkeypatch.setattr(ledger, "measure_costs", measure_costs)
     record = ledger.Record()
     costs = ledger.costs_of(plan, record, rounds=1)
-    assert costs["late"] == costs["late, four"] == 0.75 * 1 + 0.25 * 3
+    assert costs["late"] == costs["late, four"] == costs["late, named"] == 0.75 * 1 + 0.25 * 3
+    assert costs["late, parts"] == 0.75 * 2 + 0.25 * 3
     assert costs["random"] == costs["late, random"] == 1 and costs["ehm"] == costs["late, coarse"] == 3
-    assert len(asked) == len(record.costs) == 6  # random, ehm, four masks with and without a teacher, the last two
+    # random, ehm, two settings of one phase; four masks, named and parts with and without a teacher
+    assert len(asked) == len(record.costs) == 10
     four = [model for model in asked.values() if model.get("masks_per_image") == 4]
     assert [model.get("evolution_start", 0) for model in four] == [0, 0]
     asked.clear()
     assert ledger.costs_of(plan, record, rounds=1) == costs and not asked
+
+
+def test_an_evolution_that_all_settings_share_is_refused(ledger, tmp_path):
+    plan = dataclasses.replace(plan_of(ledger, tmp_path), common=["model.evolution_start=0.5"])
+    with pytest.raises(ValueError, match=r"ehm: write model.evolution_start=0.5 into the settings that shall have it"):
+        ledger.phases_of(plan, "ehm")
 
 
 @pytest.fixture

@@ -493,15 +493,15 @@ def test_each_log_explains_itself(finished):
     for row in rows:
         assert {"learning_rate", "grad_norm", "mask_region_size", "mask_largest_region_share"} <= row.keys()
         assert 0 < row["mask_compactness"] <= 1 and row["images_per_second"] > 0
-        shares = [row[f"{part}_share"] for part in ("data_wait", "teacher", "tree")]
+        shares = [row[f"{part}_share"] for part in ("data_wait", "teacher", "mask")]
         assert all(0 <= share <= 1 for share in shares) and 0 < sum(shares) <= 1
-        assert row["teacher_share"] > 0 and row["tree_share"] > 0
+        assert row["teacher_share"] > 0 and row["mask_share"] > 0
 
 
 def test_random_masks_have_no_teacher_and_no_nodes(tmp_path):
     """The log of MAE's policy claims neither."""
     rows = [row for row in log_of(train(tmp_path / "run", {"mask_policy": "random"})) if "loss" in row]
-    assert all("num_nodes" not in row and row["teacher_share"] == row["tree_share"] == 0 for row in rows)
+    assert all("num_nodes" not in row and row["teacher_share"] == 0 for row in rows)
 
 
 def test_curves_reach_tensorboard(finished):
