@@ -175,7 +175,8 @@ class EHMPatchEmbeddings(nn.Module):
         if not pixel_values.is_floating_point():  # values of 0 to 255 would train, and badly
             raise ValueError(
                 f"pixel_values has dtype {pixel_values.dtype}; normalised floats are expected: use the image processor,"
-                " or in training EHMTrainer(normalize=...) or NormalizingCollator"
+                " or in training normalize=... of modeling_ehm.training.trainer.EHMTrainer or"
+                " modeling_ehm.training.data.NormalizingCollator"
             )
         (height, width), (patch_height, patch_width) = pixel_values.shape[2:], self.patch_size
         if height % patch_height or width % patch_width or not height or not width:
@@ -713,10 +714,9 @@ class EHMForPreTraining(EHMPreTrainedModel):
         )
         if mask_seed is None:
             mask_seed = draw_mask_seeds(len(pixel_values), pixel_values.device)
-        elif mask_seed.shape != (len(pixel_values),):
-            raise ValueError(
-                f"mask_seed has shape {tuple(mask_seed.shape)}; one number an image, ({len(pixel_values)},)"
-            )
+        elif not isinstance(mask_seed, Tensor) or mask_seed.shape != (len(pixel_values),):
+            given = f"has shape {tuple(mask_seed.shape)}" if isinstance(mask_seed, Tensor) else f"is {mask_seed!r}"
+            raise ValueError(f"mask_seed {given}; one number an image, ({len(pixel_values)},), in a tensor is expected")
         request = MaskRequest(
             self.config,
             (rows, columns),
@@ -790,8 +790,8 @@ class EHMForPreTraining(EHMPreTrainedModel):
             return self.ehm
         if self._teacher is None:
             raise RuntimeError(
-                "teacher='ema' but no moving average is attached: train with modeling_ehm.training.EHMTrainer, call"
-                " attach_teacher(encoder), or set teacher='online'"
+                "teacher='ema' but no moving average is attached: add EMATeacherCallback() from modeling_ehm.training"
+                " to the Trainer, call attach_teacher(encoder), or set teacher='online'"
             )
         return self._teacher[0]
 

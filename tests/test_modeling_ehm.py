@@ -799,6 +799,7 @@ def mask_of(*hidden: int, count: int = 16) -> torch.Tensor:
         (some_images(2), {"bool_masked_pos": mask_of(*[12] * 3)}, r"shape \(3, 16\); bool and \(2 images x R masks"),
         (some_images(2), {"bool_masked_pos": mask_of(12)}, r"shape \(1, 16\); bool and \(2 images x R masks"),
         (some_images(2).mul(255).byte(), {}, "pixel_values has dtype torch.uint8; normalised floats are expected: use"),
+        (some_images(2), {"mask_seed": 3}, r"mask_seed is 3; one number an image, \(2,\), in a tensor"),
         (some_images(2), {"mask_seed": torch.arange(3)}, r"mask_seed has shape \(3,\); one number an image, \(2,\)"),
         (some_images(2), {"mask_seed": torch.arange(2.0)}, "mask_seed has dtype torch.float32"),
     ],

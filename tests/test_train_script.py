@@ -1,6 +1,8 @@
 """`train_ehm.py` as a user meets it: one command that ends with a table, or one line that says what is wrong."""
 
+import dataclasses
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -9,9 +11,12 @@ import pytest
 from PIL import Image
 from tiny_recipes import PROBES, ROOT, SEGMENTS, child_environment, write_parquet, write_recipe
 
-from modeling_ehm.training.tasks import TASKS
+import train_ehm
+from modeling_ehm.training.data import ImageSource
+from modeling_ehm.training.tasks import TASKS, load_recipe
 
 SCRIPT = ROOT / "train_ehm.py"
+NOTHING_TO_EVALUATE = ["data.probe_train=null", "data.probe_test=null", "training.num_gallery_images=0"]
 FIVE = ["model.num_channels=5", "data.image_mean=[0, 0, 0, 0, 0]", "data.image_std=[1, 1, 1, 1, 1]"]
 EVALUATED = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
 
@@ -89,7 +94,7 @@ def error_of(tmp_path, monkeypatch, capsys):
         (["model.image_size=36"], ["image_size=36 is not a multiple of patch_size=8", "32 or 40 would be"]),
         (["model.num_channels=1"], ["data.image_mean=[0.485, 0.456, 0.406] has 3 numbers", "model.num_channels=1"]),
         (FIVE, ["model.num_channels=5: image files have 1, 3 or 4 channels"]),
-        (["data.probe_train=null", "data.probe_test=null"], ["training.eval_strategy='steps'", "nothing to evaluate"]),
+        (NOTHING_TO_EVALUATE, ["training.eval_strategy='steps'", "nothing to evaluate", "num_gallery_images above 0"]),
         (["data.probe_test=null"], ["data.probe_train and data.probe_test go together"]),
         (["data.probe_train.label_column=null"], ["data.probe_train needs label_column"]),
         (["data.probe_train.label_column=lable"], ["no column 'lable'", "label"]),
@@ -166,6 +171,18 @@ def test_nothing_but_broken_images_is_told_in_one_line(error_of, tmp_path, worke
     assert line.startswith("error: none of the images of data.train") and "skipped_images.jsonl" in line
     assert "Traceback" not in line
     assert len((tmp_path / "out" / "skipped_images.jsonl").read_text().splitlines()) >= 3
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: path.stem)
+def test_keys_are_told_of_every_task(recipe, capsys):
+    """Every field that the task's own classes have, and of the sources; nothing is prepared for it."""
+    train_ehm.main([str(recipe), "--keys"])
+    told = capsys.readouterr().out
+    schema = TASKS[load_recipe(recipe).task].SCHEMA
+    own = [*dataclasses.fields(schema.data), *dataclasses.fields(ImageSource)]
+    own += dataclasses.fields(schema.head) if schema.head else []
+    for name in ["mask_ratio", "global_batch_size", *(field.name for field in own)]:
+        assert re.search(rf"\b{name}\b.*: ", told), name
 
 
 def test_errors_of_training_keep_their_traceback(tmp_path, monkeypatch):

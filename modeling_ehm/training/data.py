@@ -10,6 +10,7 @@ batches over processes and workers, and skips to any step on resume without deco
 """
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -22,7 +23,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import torch
-from datasets import Dataset, Image, IterableDataset, load_dataset
+from datasets import Dataset, Image, IterableDataset, load_dataset, load_dataset_builder
 from PIL import Image as PILImage
 from torch import Tensor
 
@@ -48,6 +49,10 @@ NO_IMAGES = "data.train yields no images: check path, data_files and split"
 SECRET_IN_ADDRESS = re.compile(
     r"^\w+://([^/?#]*@|[^?#]*\?(.*&)?([\w-]*(signature|token|secret|password|credential)|sig|\w*access_?key\w*|\w*key)=)",
     re.IGNORECASE,
+)
+SPLITS_BY_NAME = (
+    "datasets sorts files into splits by words such as train, test or val in their names and folders. Instead of"
+    " data_dir give data_files='FOLDER/**' for all of a folder as split train, or a pattern for a part of it"
 )
 READ_AHEAD = 64  # encoded rows fetched at a time from a stream
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -105,6 +110,8 @@ class ImageSource:
     def __post_init__(self):
         if self.path == "synthetic" and (self.data_files or self.data_dir or self.name):
             raise ValueError("path=synthetic is the embedded image set, which has no files: name a path for data_files")
+        if self.path == "imagefolder" and not (self.data_dir or self.data_files):
+            raise ValueError("path=imagefolder needs data_files or data_dir: without them this folder would be read")
         for name in ("path", "data_dir", "data_files"):
             for address in strings_in(getattr(self, name)):
                 if SECRET_IN_ADDRESS.search(address):
@@ -368,7 +375,11 @@ class StreamedSamples:
 
 
 def open_source(source: ImageSource, image_size: tuple[int, int]) -> Dataset | IterableDataset:
-    """Open a source as `datasets` does. `image_size` (height, width) is that of the embedded synthetic images."""
+    """Open a source as `datasets` does. `image_size` (height, width) is that of the embedded synthetic images.
+
+    Raises:
+        ValueError: there is no such source or split, or files of its folder belong to no split.
+    """
     if source.path == "synthetic":
         from modeling_ehm.training.synthetic import as_hf_dataset, as_hf_iterable
 
@@ -376,20 +387,53 @@ def open_source(source: ImageSource, image_size: tuple[int, int]) -> Dataset | I
         make = as_hf_iterable if source.streaming else as_hf_dataset
         dataset = make(source.max_images or 10_000, image_size=image_size, first_index=first)
     else:
-        dataset = load_dataset(
-            source.path,
-            source.name,
-            data_dir=source.data_dir,
-            data_files=source.data_files,
-            split=source.split,
-            revision=source.revision,
-            streaming=source.streaming,
-        )
+        dataset = _load(source)
     if source.max_images is not None and source.path != "synthetic":
         dataset = (
             dataset.take(source.max_images) if source.streaming else dataset.take(min(source.max_images, len(dataset)))
         )
     return dataset
+
+
+def _load(source: ImageSource) -> Dataset | IterableDataset:
+    where = {"name": source.name, "data_dir": source.data_dir, "data_files": source.data_files}
+    try:
+        dataset = load_dataset(
+            source.path, **where, split=source.split, revision=source.revision, streaming=source.streaming
+        )
+    except (ValueError, FileNotFoundError) as error:
+        given = {"path": source.path} | {name: value for name, value in where.items() if value is not None}
+        told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        hint = f" {SPLITS_BY_NAME}" if str(error).startswith("Unknown split") and source.data_files is None else ""
+        raise ValueError(f"{told}, split={source.split!r}: {error}{hint}") from error
+    if source.data_files is None and (folder := _local_folder(source)) is not None:
+        _refuse_files_without_split(source, folder)
+    return dataset
+
+
+def _local_folder(source: ImageSource) -> Path | None:
+    if os.path.isdir(source.path):
+        return Path(source.path, source.data_dir or "")
+    return Path(source.data_dir) if source.data_dir is not None and os.path.isdir(source.data_dir) else None
+
+
+def _refuse_files_without_split(source: ImageSource, folder: Path) -> None:
+    """`datasets` sorts the files of a folder into splits; what fits none it would leave out without a word.
+
+    Raises:
+        ValueError: there are such files of the kinds that the source reads.
+    """
+    builder = load_dataset_builder(source.path, source.name, data_dir=source.data_dir)
+    taken = [Path(file).suffix.lower() for files in (builder.config.data_files or {}).values() for file in files]
+    kinds, found = {*getattr(builder, "EXTENSIONS", taken)}, 0  # beside images there may be files that describe them
+    for _, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # `datasets` reads none of these
+        found += sum(Path(file).suffix.lower() in kinds for file in files if not file.startswith((".", "__")))
+    left_out = found - sum(suffix in kinds for suffix in taken)
+    if left_out > 0:
+        raise ValueError(
+            f"{left_out} of {found} files in {folder} belong to no split and would not be read: {SPLITS_BY_NAME}"
+        )
 
 
 def find_image_column(dataset: Dataset | IterableDataset, source: ImageSource) -> str:
@@ -632,6 +676,27 @@ class PretrainingImages(SampledExamples):
         crop = resized_crop(image, draw.box, self.image_size, draw.mirrored)
         return {"pixel_values": crop, "mask_seed": draw.mask_seed, "sample_id": key.sample_id}
 
+    def some_whole(self, count: int, tries: int = 8) -> Tensor:
+        """The first different images of the sequence, resized as wholes, `(n, C, H, W)` uint8.
+
+        Fewer than `count` where there are not as many, or `tries` candidates in turn cannot be decoded, which is left
+        to training to record.
+        """
+        found: dict[int, Tensor] = {}
+        for position in range(count):
+            for sample in itertools.islice(self.samples.candidates(position), tries):
+                if sample.error is not None or sample.sample_id in found:
+                    continue
+                try:
+                    image = decode_image(sample.columns["image"], self.num_channels, self.data.max_pixels)
+                except Exception:  # Pillow raises nearly every type on broken files
+                    continue
+                whole = image.resize(self.image_size[::-1], PILImage.Resampling.BICUBIC)
+                found[sample.sample_id] = to_uint8_tensor(whole)
+                break
+        self.close()
+        return torch.stack([*found.values()]) if found else torch.empty(0, dtype=torch.uint8)
+
     def draw_crop(self, size: tuple[int, int], key: Sample) -> CropDraw:
         """Box, mirroring and seed of the mask of an image of this size (width, height), by (seed, pass, sample)."""
         bits = keyed_bits(self.seed, SAMPLE_STREAM, key.pass_index, key.sample_id, count=24)
@@ -707,7 +772,9 @@ def load_labelled(
         try:
             image = decode_image(row[column], num_channels, max_pixels)
         except Exception as error:  # Pillow raises nearly every type on broken files
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {BYTES_AT.sub('the bytes', str(error))}"
+            if path := (row[column] or {}).get("path"):
+                reason += f"; {path}"
             raise ValueError(f"{source.path}: row {number} cannot be decoded ({reason})") from None
         pixels.append(to_uint8_tensor(image.resize(size, PILImage.Resampling.BICUBIC)))
         if source.label_column is not None:

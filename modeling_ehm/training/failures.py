@@ -3,6 +3,8 @@
 import errno
 import time
 
+import torch
+
 from modeling_ehm.training.checkpoints import GO_ON, CheckpointError
 from modeling_ehm.training.data import UnusableData
 from modeling_ehm.training.push import PushError
@@ -18,6 +20,11 @@ def told_in_one_line(error: Exception) -> str | None:
         return _joined(str(error).split(f"{type(error).__name__}: ")[-1])
     if isinstance(error, CheckpointError | NonFiniteError | PushError):
         return _joined(str(error))
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            f"{_joined(str(error)).partition('. ')[0]}. Set training.gradient_accumulation_steps to 2 or more: as many"
+            " images a step, fewer at a time. Started again, the run goes on from its newest checkpoint"
+        )
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"{error}. {GO_ON} from the newest whole checkpoint"
     if (death := _death_of_worker(error)) is not None:

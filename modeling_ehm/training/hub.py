@@ -37,6 +37,12 @@ PIPELINES = {  # of the Hub, by task
 }
 
 
+ABOUT_FIGURES = """\
+k-NN and linear probe are on mean-pooled frozen features, in percent; the linear probe is ridge regression. `reference`
+is the same classifier on 12x12 raw pixels. Hierarchy figures compare each tree, cut at the true number of segments,
+with the true segments."""
+
+
 @dataclass
 class RunRecord:
     """What a run says of itself; kept as `run.json` in the output folder, so that it survives interruptions.
@@ -259,18 +265,18 @@ def _describe_masks(config: EHMConfig) -> str:
 
 def _figures(run: RunRecord, state: TrainerState) -> str:
     """Table of first and last evaluation, beside the references."""
-    rows = [row for row in state.log_history if any(key.startswith("eval_") for key in row)]
+    rows = [row for row in state.log_history if any(map(is_figure, row))]
     losses = [row for row in state.log_history if "loss" in row]
     lines = (
         [f"Training loss at the last log (step {losses[-1]['step']}): {losses[-1]['loss']:.4f}.", ""] if losses else []
     )
     if not rows:
-        return "\n".join([*lines, "No evaluation was run."])
+        return "\n".join([*lines, "Nothing was measured."])
     lines += ["| figure | reference | first evaluation | last evaluation |", "| --- | --- | --- | --- |"]
-    for key in (key for key in rows[-1] if key.startswith("eval_") and key != "eval_runtime"):
+    for key in filter(is_figure, rows[-1]):
         reference = run.references.get(key, "")
         first = rows[0].get(key, float("nan"))
         reference = f"{reference:.3f}" if isinstance(reference, float) else reference
         figures = f"{first:.3f} (step {rows[0]['step']}) | {rows[-1][key]:.3f} (step {rows[-1]['step']})"
         lines.append(f"| {key[5:]} | {reference} | {figures} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, "", ABOUT_FIGURES])

@@ -7,6 +7,7 @@ and, where the task has one, `head`, what stands on the encoder. Which fields th
 import dataclasses
 import difflib
 import enum
+import inspect
 import types
 import typing
 from collections.abc import Sequence
@@ -101,6 +102,18 @@ def read_recipe(path: str | Path, overrides: Sequence[str], schemas: dict[str, S
     head = None if schema.head is None else _build(schema.head, sections["head"], "head")
     data = _build(schema.data, sections["data"], "data")
     return Recipe(task, sections["model"], pretrained, head, data, sections["training"], str(path))
+
+
+def describe_keys(schema: Schema) -> str:
+    """The sections of a task's recipes, with the fields of each and their meaning, as our classes tell them."""
+    sections = {"model": EHMConfig, "head": schema.head, "data": schema.data, "training": schema.training}
+    told = {}
+    for name, section in sections.items():
+        inner = [] if section is None else map(_dataclass_in, _field_types(section).values())
+        for cls in [*getattr(section, "__mro__", ()), *filter(None, inner)]:
+            if cls.__module__.startswith("modeling_ehm") and cls not in told:
+                told[cls] = f"{name if cls is section else cls.__name__}: {inspect.getdoc(cls)}"
+    return "\n\n".join([*told.values(), "In the section training also what transformers.TrainingArguments takes."])
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:

@@ -31,6 +31,7 @@ from modeling_ehm.training.push import PushError, push_folder
 
 logger = logging.getLogger(__name__)
 
+EXTENTS = ("data.train.rows", "data.train.shards")  # what a run's source may say of how much there is
 FAILED_PUSHES = "failed_pushes.jsonl"  # in the output folder, one line a push
 ASKED = ("initial_lr", "betas", "eps", "weight_decay")  # what a recipe says of an optimiser's groups
 NON_FINITE = "nonfinite-step"  # begins the names of the records of steps whose loss was not a number
@@ -109,6 +110,9 @@ class RecordedTrainer(Trainer):
         if self.resume_from is not None:
             logger.info("resuming from %s", self.resume_from)
         args = self.args
+        extent = [f"{count:,} {key.rpartition('.')[2]}" for key, count in self.run.source.items() if key in EXTENTS]
+        if extent:
+            logger.info("%s of %s", ", ".join(extent), self.run.data)
         logger.info(
             "%d images a step, learning rate %.3g, %d steps", args.images_per_step, args.learning_rate, args.max_steps
         )

@@ -149,12 +149,12 @@ class EHMTrainer(RecordedTrainer):
     # Evaluation
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """The loss on held-out images under the final masks, then every evaluator; all logged as one row."""
+        """The loss on held-out images, if there are any, under the final masks, then every evaluator: one row."""
         started = time.perf_counter()
         figures = {}
-        if self.is_world_process_zero() and (eval_dataset or self.eval_dataset) is not None:
-            figures[f"{metric_key_prefix}_loss"] = self.held_out_loss(eval_dataset or self.eval_dataset)
         if self.is_world_process_zero():
+            if held_out := eval_dataset or self.eval_dataset:  # neither None nor without images
+                figures[f"{metric_key_prefix}_loss"] = self.held_out_loss(held_out)
             progress = self.state.global_step / self.state.max_steps if self.state.max_steps else 0.0
             for evaluator in self.evaluators:
                 measured = evaluator(self.bare_model, self.state.global_step, progress)

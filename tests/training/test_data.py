@@ -4,6 +4,7 @@ import io
 import json
 import math
 import random
+import shutil
 import tarfile
 import zipfile
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
-from tiny_recipes import encode, picture, write_parquet, write_shards
+from tiny_recipes import ROOT, encode, picture, write_parquet, write_shards
 from torch.utils.data import BatchSampler, DataLoader, SequentialSampler
 
 from modeling_ehm.training import decoding
@@ -31,6 +32,7 @@ from modeling_ehm.training.data import (
     describe_source,
     load_labelled,
     open_samples,
+    open_source,
     random_resized_crop,
     read_skipped,
 )
@@ -201,6 +203,62 @@ def test_images_in_a_zip_are_read(tmp_path, streaming):
     source = ImageSource("imagefolder", data_files=str(tmp_path / "pictures.zip"), streaming=streaming)
     images = images_of(source, count=3, passes=1)
     assert sorted(number_of(images[position]) for position in range(3)) == [0, 1, 2]
+
+
+def folder_of(root: Path, *names: str) -> Path:
+    for number, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(root / name)
+    return root
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("names", [["scan_1.png", "scan_2.jpg", "train-station.png"], ["train/1.png", "more/1.png"]])
+def test_files_that_datasets_would_leave_out_are_told(tmp_path, names, streaming):
+    """It takes names that contain `train` for the split; what contains no such word is in no split then."""
+    root = folder_of(tmp_path / "mine", *names)
+    (root / ".hidden.png").write_bytes(b"")
+    for place in ({"path": "imagefolder", "data_dir": str(root)}, {"path": str(root)}):
+        told = rf"{len(names) - 1} of {len(names)} files in .*mine belong to no split .* data_files='FOLDER/\*\*'"
+        with pytest.raises(ValueError, match=told):
+            open_source(ImageSource(**place, streaming=streaming), (32, 32))
+    everything = ImageSource("imagefolder", data_files=f"{root}/**", streaming=streaming)
+    assert len(list(open_source(everything, (32, 32)))) == len(names)
+
+
+def test_folders_of_splits_and_of_classes_are_read(tmp_path):
+    """And files of other kinds beside them do no harm."""
+    split = folder_of(tmp_path / "split", "train/1.png", "train/2.png", "test/1.png")
+    classes = folder_of(tmp_path / "classes", "cat/1.png", "dog/1.png", "plain.png")
+    for root in (split, classes):
+        (root / "notes.txt").write_text("none of the images")
+    assert len(open_source(ImageSource("imagefolder", data_dir=str(split)), (32, 32))) == 2
+    assert len(open_source(ImageSource("imagefolder", data_dir=str(split), split="test"), (32, 32))) == 1
+    assert len(open_source(ImageSource("imagefolder", data_dir=str(classes)), (32, 32))) == 3
+
+
+def test_an_unknown_split_is_told_with_its_source(tmp_path):
+    root = folder_of(tmp_path / "mine", "scan.png", "test_1.png")
+    with pytest.raises(ValueError, match=r"data_dir='.*mine', split='train': Unknown split .*sorts files into splits"):
+        open_source(ImageSource("imagefolder", data_dir=str(root)), (32, 32))
+    with pytest.raises(ValueError, match="path='parquet', data_files='none.parquet', split='train': Unable to find"):
+        open_source(ImageSource("parquet", data_files="none.parquet"), (32, 32))
+    with pytest.raises(ValueError, match="path=imagefolder needs data_files or data_dir"):
+        ImageSource("imagefolder")
+
+
+def test_parquet_by_the_documentation_holds_the_bytes(tmp_path, monkeypatch):
+    """The Python code of docs/data.md, run in a folder of images, writes files that need that folder no more."""
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "my_images", "a.png", "train-station.png", "sub/b.png")
+    (tmp_path / "data/mine").mkdir(parents=True)
+    text = (ROOT / "docs/data.md").read_text()
+    exec(text.split("```python")[1].split("```")[0], {})
+    written = [path.read_bytes() for path in sorted((tmp_path / "my_images").rglob("*.png"))]
+    shutil.rmtree(tmp_path / "my_images")
+    files = sorted(map(str, (tmp_path / "data/mine").glob("*.parquet")))
+    stored = open_source(ImageSource("parquet", data_files=files), (32, 32)).cast_column("image", Image(decode=False))
+    assert sorted(row["image"]["bytes"] for row in stored) == sorted(written)
 
 
 # Columns and labels

@@ -85,7 +85,7 @@ def test_overrides_win_over_the_file_and_create_what_is_missing(recipe):
             "model.image_size=[32, 64]",
             "data.train={path: parquet, data_files: a.parquet}",
             "data.train.streaming=true",
-            "data.probe_train.path=imagefolder",
+            "data.probe_train.path=json",
             "data.probe_train.label_column=label",
             "data.probe_test.path=parquet",
             "data.horizontal_flip=false",
@@ -95,7 +95,7 @@ def test_overrides_win_over_the_file_and_create_what_is_missing(recipe):
     assert loaded.training["max_steps"] == 7 and loaded.training["run_name"] == "a=b" and loaded.task == "pretrain"
     assert loaded.model["image_size"] == [32, 64] and loaded.data.horizontal_flip is False
     assert loaded.data.train == ImageSource("parquet", data_files="a.parquet", streaming=True)
-    assert loaded.data.probe_train == ImageSource("imagefolder", label_column="label")
+    assert loaded.data.probe_train == ImageSource("json", label_column="label")
     assert loaded.data.probe_test == ImageSource("parquet")
     assert load_recipe(recipe, ["data.segments.path=parquet", "data.segments=null"]).data.segments is None
 

@@ -29,7 +29,14 @@ from transformers import AutoImageProcessor, AutoModel, AutoModelForPreTraining,
 from modeling_ehm import EHMConfig, EHMForPreTraining, EHMModel
 from modeling_ehm.training import ProgressCallback
 from modeling_ehm.training.arguments import EHMTrainingArguments
-from modeling_ehm.training.data import ImageSource, NormalizingCollator, identity_of
+from modeling_ehm.training.data import (
+    DataArguments,
+    ImageSource,
+    NormalizingCollator,
+    PretrainingImages,
+    identity_of,
+    open_samples,
+)
 from modeling_ehm.training.mask_log import read_mask_log
 from modeling_ehm.training.tasks import load_recipe, pretrain
 from modeling_ehm.training.trainer import EHMTrainer
@@ -533,7 +540,7 @@ def test_the_evaluation_loss_belongs_to_the_weights_not_to_the_moment(finished, 
     """The last loss is that of the saved model and saved average on the held-out images with seeds 0, 1, 2, ..."""
     recipe = load_recipe(finished.parent / "recipe.yaml")
     args, config = EHMTrainingArguments(**recipe.training), EHMConfig(**recipe.model)
-    _, held_out, _ = pretrain.build_evaluators(recipe.data, args, config, EHMForPreTraining(config))
+    _, held_out, _ = pretrain.build_evaluators(recipe.data, args, config, EHMForPreTraining(config), images=None)
     batch = NormalizingCollator(recipe.data.image_mean, recipe.data.image_std)(list(held_out))
     model, teacher = EHMForPreTraining.from_pretrained(finished).eval(), EHMModel(config).eval()
     teacher.load_state_dict(load_file(finished / "ema_teacher.safetensors"))
@@ -586,6 +593,45 @@ def test_pictures_are_drawn(finished):
     for name in ("gallery.png", "curves.png"):
         assert min(Image.open(finished / name).size) > 100
     assert len(list((finished / "gallery").glob("*.npz"))) == 3
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_images_alone_give_pictures_and_no_figures(tmp_path, streaming):
+    """Without other images the gallery shows those that are trained on, as wholes; the weights are the same."""
+    from PIL import Image
+
+    rows = [b"text" if number % 4 == 0 else encode(picture(number)) for number in range(12)]
+    source = {"path": "parquet", "data_files": write_shards(tmp_path, [rows]), "streaming": streaming}
+    data = {"train": source, "max_skipped_share": 1.0}
+    drawn = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True, "num_gallery_images": 3}
+    out = train(tmp_path / "run", data=data, training=drawn)
+    assert min(Image.open(out / "gallery.png").size) > 100
+    assert len(list((out / "gallery").glob("*.npz"))) == 3
+    card = (out / "README.md").read_text()
+    assert "Nothing was measured." in card and "k-NN" not in card
+    assert [list(row) for row in evaluations_of(out)] == [["epoch", "step"]] * 3
+    bare = train(tmp_path / "bare", data=data, training={"num_gallery_images": 0})
+    assert_same_tensors(out / "model.safetensors", bare / "model.safetensors")
+    assert (out / "skipped_images.jsonl").read_text() == (bare / "skipped_images.jsonl").read_text()
+
+
+def test_a_run_shorter_than_its_first_log_draws_no_curves(tmp_path):
+    out = train(tmp_path / "run", training={"max_steps": 1, "logging_steps": 10, "num_gallery_images": 2})
+    assert (out / "gallery.png").exists() and not (out / "curves.png").exists()
+
+
+def test_a_gallery_takes_as_many_images_as_there_are(tmp_path):
+    """Two sound images of three, asked for four; none where all are broken."""
+    rows = [encode(picture(0)), b"text", encode(picture(1))]
+    source = ImageSource("parquet", data_files=write_shards(tmp_path, [rows]))
+    data = DataArguments(source)
+    images = PretrainingImages(open_samples(source, 0, 8, (32, 32)), data, 0, (32, 32), num_positions=4)
+    shown = images.some_whole(4)
+    assert shown.shape == (2, 3, 32, 32) and shown.dtype == torch.uint8 and not torch.equal(shown[0], shown[1])
+    (tmp_path / "broken").mkdir()
+    source = ImageSource("parquet", data_files=write_shards(tmp_path / "broken", [[b"text"] * 3]))
+    images = PretrainingImages(open_samples(source, 0, 8, (32, 32)), data, 0, (32, 32), num_positions=4)
+    assert len(images.some_whole(4)) == 0
 
 
 def test_the_card_counts_broken_images_not_visits(tmp_path):

@@ -31,7 +31,7 @@ from modeling_ehm.training.evaluation import (
     HierarchyEvaluator,
     ProbeEvaluator,
 )
-from modeling_ehm.training.hub import RunRecord
+from modeling_ehm.training.hub import RunRecord, is_figure
 from modeling_ehm.training.labelled import check_channels, count_steps, image_processor
 from modeling_ehm.training.pretrained import load_for_pretraining
 from modeling_ehm.training.recipes import Recipe, RecipeError, Schema, write_recipe
@@ -71,7 +71,7 @@ def prepare(recipe: Recipe, trainer_class: type[EHMTrainer] = EHMTrainer) -> EHM
     mask_policy_named(config.mask_policy)  # here, not at the first step
     check_channels(config, recipe.data.image_mean)
     images = training_images(recipe.data, args, config)
-    evaluators, held_out, references = build_evaluators(recipe.data, args, config, model)
+    evaluators, held_out, references = build_evaluators(recipe.data, args, config, model, images)
     augmentation = dataclasses.asdict(recipe.data)
     record = RunRecord(
         recipe.source,
@@ -149,8 +149,17 @@ def training_images(data: DataArguments, args: EHMTrainingArguments, config: EHM
     )
 
 
-def build_evaluators(data: DataArguments, args: EHMTrainingArguments, config: EHMConfig, model: EHMForPreTraining):
-    """Evaluators, images for the evaluation loss, and figures that need no training, as far as the data allow."""
+def build_evaluators(
+    data: DataArguments,
+    args: EHMTrainingArguments,
+    config: EHMConfig,
+    model: EHMForPreTraining,
+    images: PretrainingImages,
+):
+    """Evaluators, images for the evaluation loss, and figures that need no training, as far as the data allow.
+
+    Where no other images are given, the gallery shows some of those that are trained on; a loss is not measured then.
+    """
     image_size, channels = to_pair(config.image_size), config.num_channels
     normalize = Normalizer(data.image_mean, data.image_std)
     evaluators, references, pixels = [], {}, None
@@ -167,15 +176,21 @@ def build_evaluators(data: DataArguments, args: EHMTrainingArguments, config: EH
         blocks = evaluators[-1].reference(model)["blocks"]
         references |= {f"eval_hierarchy_{name}": value for name, value in blocks.items()}
         pixels = loaded["pixels"] if pixels is None else pixels
-    if pixels is None and args.eval_strategy != "no":
+    if args.num_gallery_images > 0:
+        if pixels is None:
+            shown = images.some_whole(args.num_gallery_images)
+        else:
+            shown = pixels[torch.linspace(0, len(pixels) - 1, min(args.num_gallery_images, len(pixels))).long()]
+        if len(shown):
+            evaluators.append(GalleryEvaluator(shown, normalize, Path(args.output_dir) / "gallery"))
+    if not evaluators and args.eval_strategy != "no":
         raise RecipeError(
             f"training.eval_strategy={args.eval_strategy.value!r}, but there is nothing to evaluate: give"
-            ' data.probe_train and data.probe_test, or data.segments, or set eval_strategy: "no"'
+            " data.probe_train and data.probe_test, or data.segments, or training.num_gallery_images above 0, or set"
+            ' eval_strategy: "no"'
         )
-    if pixels is not None and args.num_gallery_images > 0:
-        shown = pixels[torch.linspace(0, len(pixels) - 1, min(args.num_gallery_images, len(pixels))).long()]
-        evaluators.append(GalleryEvaluator(shown, normalize, Path(args.output_dir) / "gallery"))
-    return evaluators, None if pixels is None else HeldOutImages(pixels[:MAX_HELD_OUT]), references
+    held_out = torch.empty(0) if pixels is None else pixels[:MAX_HELD_OUT]
+    return evaluators, HeldOutImages(held_out), references
 
 
 def finish(trainer: EHMTrainer, record: RunRecord) -> dict[str, float]:
@@ -192,7 +207,8 @@ def finish(trainer: EHMTrainer, record: RunRecord) -> dict[str, float]:
     folder = Path(trainer.args.output_dir)
     summary = {"steps": state.global_step, "references": record.references, "evaluations": evaluated}
     (folder / "results.json").write_text(json.dumps(summary, indent=2) + "\n")
-    if trainer.args.num_gallery_images > 0 and len(state.log_history) > 1:
+    curved = any("loss" in row or any(map(is_figure, row)) for row in state.log_history)  # not in a run of few steps
+    if trainer.args.num_gallery_images > 0 and curved:
         pictures.render_curves({folder.name: state.log_history}, folder / "curves.png", references=record.references)
     print_table(record.references, evaluated, folder)
     return evaluated[-1] if evaluated else {}
@@ -200,10 +216,10 @@ def finish(trainer: EHMTrainer, record: RunRecord) -> dict[str, float]:
 
 def print_table(references: dict, evaluated: list[dict], folder: Path) -> None:
     """Figures of raw pixels or plain blocks, of the first and of the last evaluation, side by side."""
-    if evaluated:
+    if figures := [key for key in (evaluated[-1] if evaluated else {}) if is_figure(key)]:
         first, last = evaluated[0], evaluated[-1]
         print(f"\n{'':24}{'reference':>12}{'step ' + str(first['step']):>12}{'step ' + str(last['step']):>12}")
-        for key in (k for k in last if k.startswith("eval_") and k != "eval_runtime"):
+        for key in figures:
             reference = f"{references[key]:.3f}" if key in references else "-"
             print(f"{key[5:]:24}{reference:>12}{first.get(key, float('nan')):>12.3f}{last[key]:>12.3f}")
         print("reference: 12x12 raw pixels for knn and linear, plain square blocks for the hierarchy")
