@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 from tiny_recipes import PROBES, ROOT, SEGMENTS, child_environment, write_parquet, write_recipe
 
@@ -34,6 +35,7 @@ def test_one_command_trains_evaluates_and_reports(tmp_path):
     done = run_script(tmp_path, recipe, "training.output_dir=elsewhere", "training.max_steps=2")
     assert done.returncode == 0, done.stderr
     assert "8 images a step, learning rate 0.001, 2 steps" in done.stderr
+    assert "40 rows of synthetic, split train" in done.stderr
     out = tmp_path / "elsewhere"
     assert not (tmp_path / "out").exists()  # the override won
     assert (out / "checkpoint-2" / "model.safetensors").exists()
@@ -72,6 +74,7 @@ def error_of(tmp_path, monkeypatch, capsys):
             runpy.run_path(str(SCRIPT), run_name="__main__")
         code = ended.value.code  # text: the interpreter prints it and exits with 1
         assert isinstance(code, str) and code.startswith("error: ") and "\n" not in code
+        assert "validat" not in code  # what the library calls its checks
         assert not (tmp_path / "out" / "model.safetensors").exists()
         return code
 
@@ -183,6 +186,15 @@ def test_keys_are_told_of_every_task(recipe, capsys):
     own += dataclasses.fields(schema.head) if schema.head else []
     for name in ["mask_ratio", "global_batch_size", *(field.name for field in own)]:
         assert re.search(rf"\b{name}\b.*: ", told), name
+
+
+def test_running_out_of_memory_is_told_in_one_line(error_of, monkeypatch):
+    def fail(trainer):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
+
+    monkeypatch.setattr(TASKS["pretrain"], "execute", fail)
+    line = error_of()
+    assert line.startswith("error: CUDA out of memory. Set training.gradient_accumulation_steps to 2 or more")
 
 
 def test_errors_of_training_keep_their_traceback(tmp_path, monkeypatch):

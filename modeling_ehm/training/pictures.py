@@ -201,11 +201,14 @@ def _draw_gallery(points: list[tuple[int, float, Snapshot]], path: Path) -> Path
     """Lay out the gallery, in pixels from the top left corner."""
     first = points[0][2]
     num_rows = min(MAX_IMAGES, len(first["image"]))
-    margin, gap, group_gap, header, footer = 12, 4, 18, 66, 76
+    margin, gap, group_gap, header = 12, 4, 18, 66
     cell = min(220, (1600 - 2 * margin - len(points) * (group_gap + 2 * gap)) // (1 + 3 * len(points)))
     cell_height = round(cell * first["image"].shape[1] / first["image"].shape[2])
     group_width = 3 * cell + 2 * gap
     width = max(2 * margin + cell + len(points) * (group_gap + group_width), 760)
+    letters = int((width - 2 * margin) / 6.7)  # pixels that one takes on average at size 12
+    caption = [part for line in _caption(points) for part in textwrap.wrap(line, letters)]
+    footer = 16 + 20 * len(caption)
     figure = _new_figure(width, height := header + num_rows * (cell_height + gap) + footer)
 
     def put(left: float, row: int) -> "Axes":
@@ -229,7 +232,7 @@ def _draw_gallery(points: list[tuple[int, float, Snapshot]], path: Path) -> Path
             _show_hierarchy(put(left, row), shot, row)
             _show(put(left + cell + gap, row), _masked_image(shot, row))
             _show(put(left + 2 * (cell + gap), row), shot["reconstruction"][row])
-    for number, line in enumerate(_caption(points)):
+    for number, line in enumerate(caption):
         write(margin, height - footer + 16 + 20 * number, line, 12, color="0.2")
     return _save_small(figure, path)
 

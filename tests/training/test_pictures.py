@@ -169,6 +169,7 @@ def test_gallery_of_one_point_of_many_oblong_images(tmp_path):
     path = render_gallery([(0, 0.5, take(model, images))], tmp_path / "gallery.png")
     with Image.open(path) as picture:
         assert 700 <= picture.size[0] <= 1600
+        assert np.asarray(picture.convert("L"))[:, -6:].min() > 250  # no line of the caption runs out of the picture
 
 
 def test_gallery_shrinks_to_its_limit(points, tmp_path, monkeypatch):
