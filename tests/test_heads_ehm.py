@@ -1,6 +1,7 @@
 """Backbone, classifier and segmenter: what each computes from the encoder, and that stock code takes it as it is."""
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -512,3 +513,21 @@ def test_lora(make_config, tmp_path, model_class):
     merged = model.merge_and_unload()
     assert type(merged) is model_class
     torch.testing.assert_close(result(merged), expected, atol=1e-5, rtol=0)
+
+
+def test_fine_tuning_by_the_documentation(config, tmp_path, monkeypatch, capsys):
+    """The code of docs/downstream.md, on six pictures of two classes, ends with a loss."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "home")
+    EHMForPreTraining(config).save_pretrained("outputs/mine")
+    height, width = config.image_size if isinstance(config.image_size, tuple | list) else (config.image_size,) * 2
+    ViTImageProcessorPil(size={"height": height, "width": width}).save_pretrained("outputs/mine")
+    for name in ("train/cat/1", "train/cat/2", "train/dog/3", "train/dog/4", "test/cat/5", "test/dog/6"):
+        path = tmp_path / "pets" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (40, 30), 20 * int(name[-1])).save(path)
+    text = (Path(__file__).parents[1] / "docs/downstream.md").read_text()
+    code = next(part for part in text.split("```")[1::2] if "trainer.train()" in part)
+    exec(code.removeprefix("python"), {})
+    assert "'eval_loss'" in capsys.readouterr().out.splitlines()[-1]
