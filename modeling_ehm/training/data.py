@@ -412,8 +412,11 @@ def _load(source: ImageSource) -> Dataset | IterableDataset:
 
 
 def _local_folder(source: ImageSource) -> Path | None:
+    """Folder whose files `datasets` sorts by their names; None if there is none, or its card says what belongs where."""
     if os.path.isdir(source.path):
-        return Path(source.path, source.data_dir or "")
+        card = Path(source.path, "README.md")
+        sorted_by_card = card.exists() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
+        return None if sorted_by_card else Path(source.path, source.data_dir or "")
     return Path(source.data_dir) if source.data_dir is not None and os.path.isdir(source.data_dir) else None
 
 

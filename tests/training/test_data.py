@@ -235,6 +235,9 @@ def test_folders_of_splits_and_of_classes_are_read(tmp_path):
     assert len(open_source(ImageSource("imagefolder", data_dir=str(split)), (32, 32))) == 2
     assert len(open_source(ImageSource("imagefolder", data_dir=str(split), split="test"), (32, 32))) == 1
     assert len(open_source(ImageSource("imagefolder", data_dir=str(classes)), (32, 32))) == 3
+    card = "---\nconfigs:\n- config_name: few\n  data_files:\n  - split: train\n    path: train/1.png\n---\n"
+    (split / "README.md").write_text(card)
+    assert len(open_source(ImageSource(str(split), "few"), (32, 32))) == 1  # what its card leaves out is left out
 
 
 def test_an_unknown_split_is_told_with_its_source(tmp_path):
