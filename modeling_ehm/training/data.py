@@ -412,7 +412,7 @@ def _load(source: ImageSource) -> Dataset | IterableDataset:
 
 
 def _local_folder(source: ImageSource) -> Path | None:
-    """Folder whose files `datasets` sorts by their names; None if there is none, or its card says what belongs where."""
+    """Folder whose files `datasets` sorts by their names; None if there is none, or its card says what goes where."""
     if os.path.isdir(source.path):
         card = Path(source.path, "README.md")
         sorted_by_card = card.exists() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
