@@ -7,6 +7,7 @@ import sys
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 
+from modeling_ehm.training.data import UnusableData
 from modeling_ehm.training.failures import told_in_one_line
 from modeling_ehm.training.recipes import describe_keys
 from modeling_ehm.training.tasks import TASKS, load_recipe
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(describe_keys(task.SCHEMA))
             return
         prepared = task.prepare(recipe)
-    except (StrictDataclassError, ValueError, OSError, ImportError) as error:
+    except (StrictDataclassError, UnusableData, ValueError, OSError, ImportError) as error:
         if isinstance(error, StrictDataclassError) and error.__cause__ is not None:
             error = error.__cause__  # without the names of the library's validators
         sys.exit(f"error: {' '.join(str(error).split())}")

@@ -98,6 +98,15 @@ def error_of(tmp_path, monkeypatch, capsys):
         (["model.num_channels=1"], ["data.image_mean=[0.485, 0.456, 0.406] has 3 numbers", "model.num_channels=1"]),
         (FIVE, ["model.num_channels=5: image files have 1, 3 or 4 channels"]),
         (NOTHING_TO_EVALUATE, ["training.eval_strategy='steps'", "nothing to evaluate", "num_gallery_images above 0"]),
+        (
+            [
+                "data.probe_train=null",
+                "data.probe_test=null",
+                "training.num_gallery_images=1",
+                "training.lr_scheduler_type=reduce_lr_on_plateau",
+            ],
+            ["training.metric_for_best_model='loss'", "nothing is measured", "data.segments"],
+        ),
         (["data.probe_test=null"], ["data.probe_train and data.probe_test go together"]),
         (["data.probe_train.label_column=null"], ["data.probe_train needs label_column"]),
         (["data.probe_train.label_column=lable"], ["no column 'lable'", "label"]),
@@ -194,7 +203,7 @@ def test_running_out_of_memory_is_told_in_one_line(error_of, monkeypatch):
 
     monkeypatch.setattr(TASKS["pretrain"], "execute", fail)
     line = error_of()
-    assert line.startswith("error: CUDA out of memory. Set training.gradient_accumulation_steps to 2 or more")
+    assert line.startswith("error: CUDA out of memory. Tried to allocate 2.00 GiB. Start again with training.gradient_")
 
 
 def test_errors_of_training_keep_their_traceback(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ batches over processes and workers, and skips to any step on resume without deco
 """
 
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -21,9 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
+import datasets
 import numpy as np
 import torch
-from datasets import Dataset, Image, IterableDataset, load_dataset, load_dataset_builder
+from datasets import Dataset, DatasetBuilder, Image, IterableDataset, load_dataset_builder
+from datasets.data_files import FILES_TO_IGNORE
 from PIL import Image as PILImage
 from torch import Tensor
 
@@ -49,10 +52,6 @@ NO_IMAGES = "data.train yields no images: check path, data_files and split"
 SECRET_IN_ADDRESS = re.compile(
     r"^\w+://([^/?#]*@|[^?#]*\?(.*&)?([\w-]*(signature|token|secret|password|credential)|sig|\w*access_?key\w*|\w*key)=)",
     re.IGNORECASE,
-)
-SPLITS_BY_NAME = (
-    "datasets sorts files into splits by words such as train, test or val in their names and folders. Instead of"
-    " data_dir give data_files='FOLDER/**' for all of a folder as split train, or a pattern for a part of it"
 )
 READ_AHEAD = 64  # encoded rows fetched at a time from a stream
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -110,8 +109,6 @@ class ImageSource:
     def __post_init__(self):
         if self.path == "synthetic" and (self.data_files or self.data_dir or self.name):
             raise ValueError("path=synthetic is the embedded image set, which has no files: name a path for data_files")
-        if self.path == "imagefolder" and not (self.data_dir or self.data_files):
-            raise ValueError("path=imagefolder needs data_files or data_dir: without them this folder would be read")
         for name in ("path", "data_dir", "data_files"):
             for address in strings_in(getattr(self, name)):
                 if SECRET_IN_ADDRESS.search(address):
@@ -247,6 +244,10 @@ class IndexedSamples:
         """How much there is, as far as that is known before it is read."""
         return {"rows": len(self.dataset)}
 
+    def look(self) -> Iterator[dict]:
+        """Rows in the order of the first pass, to look at."""
+        yield from (self.dataset[int(row)] for row in keyed_order(self.seed, 0, 0, len(self.dataset)))
+
     def candidates(self, position: int) -> Iterator[Sample]:
         """The sample at this position, then those that replace it, in order, if it cannot be decoded."""
         count = len(self.dataset)
@@ -281,6 +282,11 @@ class StreamedSamples:
         """As `IndexedSamples.extent`."""
         return {"shards": self.dataset.num_shards}
 
+    def look(self) -> Iterator[dict]:
+        """Rows of the first pass's shards as they lie there, so that no window has to be read."""
+        for shard in keyed_order(self.seed, 0, 0, self.dataset.num_shards):
+            yield from (columns for columns, error in self._rows(int(shard)) if error is None)
+
     def candidates(self, position: int) -> Iterator[Sample]:
         """As `IndexedSamples.candidates`; replacements come from the same window, then from those after it."""
         if self._windows is None or position < self._start:
@@ -302,7 +308,7 @@ class StreamedSamples:
         """Stop reading. A process that ends while a Parquet reader's threads are still at work is aborted by them."""
         if self._windows is not None:
             self._windows.close()
-            self._windows = None
+            self._windows, self._start, self._samples = None, 0, []
 
     def _seek(self, position: int) -> None:
         """Start reading at the pass that holds this position, or at the first one while their length is unknown."""
@@ -396,47 +402,101 @@ def open_source(source: ImageSource, image_size: tuple[int, int]) -> Dataset | I
 
 
 def _load(source: ImageSource) -> Dataset | IterableDataset:
+    """What `datasets.load_dataset` does, with a look at the files in between."""
     where = {"name": source.name, "data_dir": source.data_dir, "data_files": source.data_files}
+    folder = None
     try:
-        dataset = load_dataset(
-            source.path, **where, split=source.split, revision=source.revision, streaming=source.streaming
-        )
+        if Path(source.path, datasets.config.DATASET_STATE_JSON_FILENAME).exists():
+            raise ValueError("a dataset saved by save_to_disk; write it with to_parquet, and read it with path=parquet")
+        builder = load_dataset_builder(source.path, **where, revision=source.revision)
+        folder = _folder_of(source, builder)
+        if folder is not None:
+            _refuse_files_left_out(source, folder, builder)
+        if source.streaming:
+            return builder.as_streaming_dataset(split=source.split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=source.split)
     except (ValueError, FileNotFoundError) as error:
         given = {"path": source.path} | {name: value for name, value in where.items() if value is not None}
         told = ", ".join(f"{name}={value!r}" for name, value in given.items())
-        hint = f" {SPLITS_BY_NAME}" if str(error).startswith("Unknown split") and source.data_files is None else ""
+        no_split = folder is not None and str(error).startswith(("Unknown split", "Bad split"))
+        hint = f" {_how_splits_are_made(source, folder)}" if no_split else ""
         raise ValueError(f"{told}, split={source.split!r}: {error}{hint}") from error
-    if source.data_files is None and (folder := _local_folder(source)) is not None:
-        _refuse_files_without_split(source, folder)
-    return dataset
 
 
-def _local_folder(source: ImageSource) -> Path | None:
-    """Folder whose files `datasets` sorts by their names; None if there is none, or its card says what goes where."""
-    if os.path.isdir(source.path):
-        card = Path(source.path, "README.md")
-        sorted_by_card = card.exists() and "\nconfigs:" in card.read_text(encoding="utf-8", errors="replace")
-        return None if sorted_by_card else Path(source.path, source.data_dir or "")
-    return Path(source.data_dir) if source.data_dir is not None and os.path.isdir(source.data_dir) else None
+def _folder_of(source: ImageSource, builder: DatasetBuilder) -> Path | None:
+    """The local folder all of whose files a source is about, and which `datasets` sorts into splits by names.
 
-
-def _refuse_files_without_split(source: ImageSource, folder: Path) -> None:
-    """`datasets` sorts the files of a folder into splits; what fits none it would leave out without a word.
+    None if there is none, or if its card says which files belong where.
 
     Raises:
-        ValueError: there are such files of the kinds that the source reads.
+        ValueError: a kind of files is named, but no files, for which the working directory would be searched.
     """
-    builder = load_dataset_builder(source.path, source.name, data_dir=source.data_dir)
-    taken = [Path(file).suffix.lower() for files in (builder.config.data_files or {}).values() for file in files]
-    kinds, found = {*getattr(builder, "EXTENSIONS", taken)}, 0  # beside images there may be files that describe them
-    for _, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # `datasets` reads none of these
-        found += sum(Path(file).suffix.lower() in kinds for file in files if not file.startswith((".", "__")))
-    left_out = found - sum(suffix in kinds for suffix in taken)
-    if left_out > 0:
+    modules = type(builder).__module__.split(".")  # datasets.packaged_modules.parquet.parquet
+    of_files = modules[1] == "packaged_modules" and modules[2] == source.path
+    if of_files and not (source.data_dir or source.data_files):
+        raise ValueError("name the files by data_files, or their folder by data_dir")
+    if isinstance(source.data_files, str) and source.data_files.endswith("/**"):
+        folder = Path(source.data_dir or "", source.data_files.removesuffix("/**"))
+    elif source.data_files:
+        return None
+    elif of_files:
+        folder = Path(source.data_dir)
+    else:
+        folder = Path(source.path, source.data_dir or "")
+        cards = [Path(source.path, name) for name in ("README.md", ".huggingface.yaml")]
+        texts = [card.read_text(encoding="utf-8", errors="replace") for card in cards if card.is_file()]
+        if any(line.startswith("configs:") for text in texts for line in text.splitlines()):
+            return None
+    folder = folder.expanduser()
+    return folder if folder.is_dir() else None
+
+
+def _refuse_files_left_out(source: ImageSource, folder: Path, builder: DatasetBuilder) -> None:
+    """`datasets` reads the files that it could put into a split, and says nothing of the others.
+
+    Raises:
+        ValueError: there are others of the kinds that the source reads.
+    """
+    real = functools.cache(os.path.realpath)  # of folders, which are fewer than files
+
+    def place(file: str) -> str:
+        return os.path.join(real(os.path.dirname(file)), os.path.basename(file))
+
+    taken = {place(file) for files in (builder.config.data_files or {}).values() for file in files}
+    kinds = {Path(file).suffix.lower() for file in taken}
+    if images := getattr(builder, "EXTENSIONS", None):  # beside them there may be tables that describe them
+        kinds = {*images, *(kinds & {".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".7z", ".rar"})}
+    found = [file for file in _files_below(folder) if Path(file).suffix.lower() in kinds]
+    left_out = [file for file in found if place(file) not in taken]
+    if left_out:
+        linked = any(not Path(place(file)).is_relative_to(real(folder)) for file in left_out)
+        links = " Folders that are links are not followed: give those that they lead to." if linked else ""
         raise ValueError(
-            f"{left_out} of {found} files in {folder} belong to no split and would not be read: {SPLITS_BY_NAME}"
+            f"{len(left_out)} of {len(found)} files in {folder}, as {left_out[0]}, belong to no split and would not be"
+            f" read. {_how_splits_are_made(source, folder)}{links}"
         )
+
+
+def _files_below(folder: Path) -> Iterator[str]:
+    """Absolute paths of the files that a user may expect `datasets` to read, also those behind links."""
+    seen = set()
+    for root, folders, files in os.walk(os.path.abspath(folder), followlinks=True):
+        if (here := os.path.realpath(root)) in seen:  # a link that leads upwards
+            folders.clear()
+            continue
+        seen.add(here)
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]  # what `datasets` never reads
+        names = (name for name in files if not name.startswith(".") and name not in FILES_TO_IGNORE)
+        yield from (path for name in names if os.path.isfile(path := os.path.join(root, name)))
+
+
+def _how_splits_are_made(source: ImageSource, folder: Path) -> str:
+    files = f"{folder}/**" if source.split == "train" else {source.split: f"{folder}/**"}
+    return (
+        "datasets sorts files into splits by words such as train, test or val in their names and folders. Give"
+        f" data_files={files!r} without data_dir for all of them as split {source.split}, or a pattern for some."
+    )
 
 
 def find_image_column(dataset: Dataset | IterableDataset, source: ImageSource) -> str:
@@ -680,25 +740,22 @@ class PretrainingImages(SampledExamples):
         return {"pixel_values": crop, "mask_seed": draw.mask_seed, "sample_id": key.sample_id}
 
     def some_whole(self, count: int, tries: int = 8) -> Tensor:
-        """The first different images of the sequence, resized as wholes, `(n, C, H, W)` uint8.
+        """Some of the images, resized as wholes, `(n, C, H, W)` uint8.
 
-        Fewer than `count` where there are not as many, or `tries` candidates in turn cannot be decoded, which is left
-        to training to record.
+        Fewer than `count` where there are not as many, or of `tries * count` rows not as many can be decoded, which is
+        left to training to record.
         """
-        found: dict[int, Tensor] = {}
-        for position in range(count):
-            for sample in itertools.islice(self.samples.candidates(position), tries):
-                if sample.error is not None or sample.sample_id in found:
-                    continue
-                try:
-                    image = decode_image(sample.columns["image"], self.num_channels, self.data.max_pixels)
-                except Exception:  # Pillow raises nearly every type on broken files
-                    continue
-                whole = image.resize(self.image_size[::-1], PILImage.Resampling.BICUBIC)
-                found[sample.sample_id] = to_uint8_tensor(whole)
+        found, rows = [], self.samples.look()
+        for columns in itertools.islice(rows, tries * count):
+            try:
+                image = decode_image(columns["image"], self.num_channels, self.data.max_pixels)
+            except Exception:  # Pillow raises nearly every type on broken files
+                continue
+            found.append(to_uint8_tensor(image.resize(self.image_size[::-1], PILImage.Resampling.BICUBIC)))
+            if len(found) == count:
                 break
-        self.close()
-        return torch.stack([*found.values()]) if found else torch.empty(0, dtype=torch.uint8)
+        rows.close()
+        return torch.stack(found) if found else torch.empty(0, dtype=torch.uint8)
 
     def draw_crop(self, size: tuple[int, int], key: Sample) -> CropDraw:
         """Box, mirroring and seed of the mask of an image of this size (width, height), by (seed, pass, sample)."""

@@ -4,9 +4,11 @@ An evaluator is called with the bare model, the step and the progress, and retur
 main process only, never inside a training step; its seconds are logged as `eval_runtime`.
 """
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,6 +18,8 @@ from modeling_ehm.hierarchy_ehm import PatchHierarchy
 from modeling_ehm.modeling_ehm import EHMForPreTraining, EHMModel, evaluation_mode
 from modeling_ehm.training import metrics, pictures
 from modeling_ehm.training.data import Normalizer
+
+logger = logging.getLogger(__name__)
 
 Evaluator = Callable[[EHMForPreTraining, int, float], dict[str, float]]
 
@@ -118,12 +122,18 @@ class GalleryEvaluator:
         self.pixels, self.normalize, self.folder = pixels, normalize, folder
 
     def __call__(self, model: EHMForPreTraining, step: int, progress: float) -> dict[str, float]:
+        if len(self.pixels) == 0:
+            return {}
         seeds = torch.arange(len(self.pixels))
         mean, std = (x.flatten().tolist() for x in (self.normalize.mean, self.normalize.std))
         taken = pictures.snapshot(model, to_model(self.pixels, self.normalize, model), progress, seeds, mean, std)
         self.folder.mkdir(parents=True, exist_ok=True)
         pictures.save_snapshot(self.folder / f"step-{step:08d}-progress-{progress:.6f}.npz", taken)
-        pictures.render_gallery(self.snapshots(step), self.folder.parent / "gallery.png")
+        found = self.snapshots(step)
+        same = [one for one in found if np.array_equal(one[2]["image"], taken["image"])]
+        if len(same) < len(found):  # a run may go on with other images to look at
+            logger.warning("gallery: %d earlier snapshots show other images, and are left out", len(found) - len(same))
+        pictures.render_gallery(same, self.folder.parent / "gallery.png")
         return {}
 
     def snapshots(self, last_step: int) -> list[tuple[int, float, dict]]:

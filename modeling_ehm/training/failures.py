@@ -21,9 +21,11 @@ def told_in_one_line(error: Exception) -> str | None:
     if isinstance(error, CheckpointError | NonFiniteError | PushError):
         return _joined(str(error))
     if isinstance(error, torch.OutOfMemoryError):
+        wanted = ". ".join(_joined(str(error)).split(". ")[:2])
         return (
-            f"{_joined(str(error)).partition('. ')[0]}. Set training.gradient_accumulation_steps to 2 or more: as many"
-            " images a step, fewer at a time. Started again, the run goes on from its newest checkpoint"
+            f"{wanted}. Start again with training.gradient_accumulation_steps=2 or more, which beside global_batch_size"
+            " makes as many images a step, fewer at a time; a run that has checkpoints keeps its settings, so give it"
+            " another training.output_dir then"
         )
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return f"{error}. {GO_ON} from the newest whole checkpoint"

@@ -113,7 +113,9 @@ def describe_keys(schema: Schema) -> str:
         for cls in [*getattr(section, "__mro__", ()), *filter(None, inner)]:
             if cls.__module__.startswith("modeling_ehm") and cls not in told:
                 told[cls] = f"{name if cls is section else cls.__name__}: {inspect.getdoc(cls)}"
-    return "\n\n".join([*told.values(), "In the section training also what transformers.TrainingArguments takes."])
+    first = "task: what to do. model.pretrained: directory or Hub id whose weights to start from."
+    last = "In the section training also what transformers.TrainingArguments takes, as max_steps or save_steps."
+    return "\n\n".join([first, *told.values(), last])
 
 
 def write_recipe(recipe: Recipe, path: str | Path) -> None:

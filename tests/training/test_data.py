@@ -213,21 +213,52 @@ def folder_of(root: Path, *names: str) -> Path:
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("names", [["scan_1.png", "scan_2.jpg", "train-station.png"], ["train/1.png", "more/1.png"]])
-def test_files_that_datasets_would_leave_out_are_told(tmp_path, names, streaming):
+@pytest.mark.parametrize(
+    "names, left_out",
+    [
+        (["scan_1.png", "scan_2.JPG", "train-station.png"], "2 of 3"),
+        (["train/1.png", "more/1.png"], "1 of 2"),
+        (["train/test/1.png", "train/2.png", "other/3.png"], "1 of 3"),  # the first is of both splits
+        (["train/__a.png", "more/b.png"], "1 of 2"),
+    ],
+)
+def test_files_that_datasets_would_leave_out_are_told(tmp_path, names, left_out, streaming):
     """It takes names that contain `train` for the split; what contains no such word is in no split then."""
     root = folder_of(tmp_path / "mine", *names)
     (root / ".hidden.png").write_bytes(b"")
-    for place in ({"path": "imagefolder", "data_dir": str(root)}, {"path": str(root)}):
-        told = rf"{len(names) - 1} of {len(names)} files in .*mine belong to no split .* data_files='FOLDER/\*\*'"
+    (tmp_path / "link").symlink_to(root)
+    for place in ({"path": "imagefolder", "data_dir": str(root)}, {"path": str(root)}, {"path": f"{tmp_path}/link"}):
+        told = rf"{left_out} files in .* belong to no split .* data_files='.*/\*\*' without data_dir"
         with pytest.raises(ValueError, match=told):
             open_source(ImageSource(**place, streaming=streaming), (32, 32))
-    everything = ImageSource("imagefolder", data_files=f"{root}/**", streaming=streaming)
-    assert len(list(open_source(everything, (32, 32)))) == len(names)
+    for folder in (root, tmp_path / "link"):
+        everything = ImageSource("imagefolder", data_files=f"{folder}/**", streaming=streaming)
+        assert len(list(open_source(everything, (32, 32)))) == len(names)
 
 
-def test_folders_of_splits_and_of_classes_are_read(tmp_path):
-    """And files of other kinds beside them do no harm."""
+def test_folders_behind_links_are_told(tmp_path):
+    """`datasets` does not follow them; one that leads to what is read anyhow, or upwards, does no harm."""
+    root = folder_of(tmp_path / "mine", "cat/1.png")
+    (root / "up").symlink_to(root)
+    (root / "again").symlink_to(root / "cat")
+    (root / "lost.png").symlink_to(root / "nowhere.png")
+    assert len(open_source(ImageSource("imagefolder", data_dir=str(root)), (32, 32))) == 1
+    (root / "dog").symlink_to(folder_of(tmp_path / "elsewhere", "2.png"))
+    for place in ({"data_dir": str(root)}, {"data_files": f"{root}/**"}):
+        with pytest.raises(ValueError, match="1 of 2 files .* as .*dog/2.png, belong .* links are not followed"):
+            open_source(ImageSource("imagefolder", **place), (32, 32))
+
+
+def test_archives_in_no_split_are_told(tmp_path):
+    for name in ("train.zip", "more.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            archive.writestr("1.png", encode(picture(1)))
+    with pytest.raises(ValueError, match="1 of 2 files .*more.zip"):
+        open_source(ImageSource("imagefolder", data_dir=str(tmp_path)), (32, 32))
+
+
+def test_folders_of_splits_and_of_classes_are_read(tmp_path, monkeypatch):
+    """And files of other kinds beside them do no harm, nor does a folder here that is named as one of a Hub set is."""
     split = folder_of(tmp_path / "split", "train/1.png", "train/2.png", "test/1.png")
     classes = folder_of(tmp_path / "classes", "cat/1.png", "dog/1.png", "plain.png")
     for root in (split, classes):
@@ -238,16 +269,30 @@ def test_folders_of_splits_and_of_classes_are_read(tmp_path):
     card = "---\nconfigs:\n- config_name: few\n  data_files:\n  - split: train\n    path: train/1.png\n---\n"
     (split / "README.md").write_text(card)
     assert len(open_source(ImageSource(str(split), "few"), (32, 32))) == 1  # what its card leaves out is left out
+    monkeypatch.chdir(tmp_path)
+    folder_of(tmp_path / "imagefolder" / "classes", "train.png", "more.png")
+    assert len(open_source(ImageSource("imagefolder", data_dir="classes"), (32, 32))) == 3
 
 
-def test_an_unknown_split_is_told_with_its_source(tmp_path):
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_unknown_split_is_told_with_its_source(tmp_path, streaming):
     root = folder_of(tmp_path / "mine", "scan.png", "test_1.png")
-    with pytest.raises(ValueError, match=r"data_dir='.*mine', split='train': Unknown split .*sorts files into splits"):
-        open_source(ImageSource("imagefolder", data_dir=str(root)), (32, 32))
+    for split, files in (("test", "{'test': '.*/mine/..'}"), ("train", "'.*/mine/..'")):
+        told = rf"data_dir='.*mine', split='{split}': .* sorts files into splits .* data_files={files} without"
+        with pytest.raises(ValueError, match=told):
+            open_source(ImageSource("imagefolder", data_dir=str(root), split=split, streaming=streaming), (32, 32))
+    (root / "scan.png").unlink()
+    with pytest.raises(ValueError, match=r"split='train': (Unknown|Bad) split.* sorts files into splits"):
+        open_source(ImageSource("imagefolder", data_dir=str(root), streaming=streaming), (32, 32))
     with pytest.raises(ValueError, match="path='parquet', data_files='none.parquet', split='train': Unable to find"):
-        open_source(ImageSource("parquet", data_files="none.parquet"), (32, 32))
-    with pytest.raises(ValueError, match="path=imagefolder needs data_files or data_dir"):
-        ImageSource("imagefolder")
+        open_source(ImageSource("parquet", data_files="none.parquet", streaming=streaming), (32, 32))
+
+
+def test_a_kind_of_files_needs_files(tmp_path, monkeypatch):
+    """Without them `datasets` reads whatever lies in the working directory."""
+    monkeypatch.chdir(folder_of(tmp_path, "a.png"))
+    with pytest.raises(ValueError, match="path='imagefolder', split='train': name the files by data_files"):
+        open_source(ImageSource("imagefolder"), (32, 32))
 
 
 def test_parquet_by_the_documentation_holds_the_bytes(tmp_path, monkeypatch):

@@ -615,6 +615,17 @@ def test_images_alone_give_pictures_and_no_figures(tmp_path, streaming):
     assert (out / "skipped_images.jsonl").read_text() == (bare / "skipped_images.jsonl").read_text()
 
 
+def test_a_run_goes_on_with_other_images_in_its_gallery(tmp_path, caplog):
+    """Its pictures begin anew, those of before are left out with a warning, and the run ends."""
+    training = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    out = train(tmp_path / "run", data=PROBES, training=training | {"num_gallery_images": 2})
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "gallery.png").unlink()
+    run(tmp_path / "run", tmp_path / "run" / "recipe.yaml", "data.probe_train=null", "data.probe_test=null")
+    assert "gallery: 1 earlier snapshots show other images" in caplog.text  # that of step 2
+    assert (out / "gallery.png").exists() and (out / "checkpoint-4").exists()
+
+
 def test_a_run_shorter_than_its_first_log_draws_no_curves(tmp_path):
     out = train(tmp_path / "run", training={"max_steps": 1, "logging_steps": 10, "num_gallery_images": 2})
     assert (out / "gallery.png").exists() and not (out / "curves.png").exists()

@@ -177,17 +177,23 @@ def build_evaluators(
         references |= {f"eval_hierarchy_{name}": value for name, value in blocks.items()}
         pixels = loaded["pixels"] if pixels is None else pixels
     if args.num_gallery_images > 0:
-        if pixels is None:
-            shown = images.some_whole(args.num_gallery_images)
-        else:
+        if pixels is not None:
             shown = pixels[torch.linspace(0, len(pixels) - 1, min(args.num_gallery_images, len(pixels))).long()]
-        if len(shown):
-            evaluators.append(GalleryEvaluator(shown, normalize, Path(args.output_dir) / "gallery"))
+        elif args.process_index == 0:
+            shown = images.some_whole(args.num_gallery_images)
+        else:  # pictures are drawn by the main process, but all have to know that there is something to evaluate
+            shown = torch.empty(0)
+        evaluators.append(GalleryEvaluator(shown, normalize, Path(args.output_dir) / "gallery"))
+    measures = "data.probe_train and data.probe_test, or data.segments"
     if not evaluators and args.eval_strategy != "no":
         raise RecipeError(
-            f"training.eval_strategy={args.eval_strategy.value!r}, but there is nothing to evaluate: give"
-            " data.probe_train and data.probe_test, or data.segments, or training.num_gallery_images above 0, or set"
-            ' eval_strategy: "no"'
+            f"training.eval_strategy={args.eval_strategy.value!r}, but there is nothing to evaluate: give {measures},"
+            ' or training.num_gallery_images above 0, or set eval_strategy: "no"'
+        )
+    if pixels is None and args.metric_for_best_model is not None and args.eval_strategy != "no":
+        raise RecipeError(
+            f"training.metric_for_best_model={args.metric_for_best_model!r} (which lr_scheduler_type="
+            f"{args.lr_scheduler_type.value!r} may have set), but nothing is measured: give {measures}"
         )
     held_out = torch.empty(0) if pixels is None else pixels[:MAX_HELD_OUT]
     return evaluators, HeldOutImages(held_out), references
