@@ -149,7 +149,8 @@ def report(options: argparse.Namespace, measured: dict) -> str:
     steps, data = (json.loads(path.read_text()) for path in (options.steps_of, options.data))
     crops_a_second, own = 1e6 / data["results"]["ours"]["microseconds"], measured["options"]
     return f"""{measured["date"]}; {measured["machine"]};
-one thread a process; {RECIPE.stem}, {own["images"]} images a step and process, {own["steps"]} steps, {own["rounds"]} rounds.
+one thread a process; {RECIPE.stem}, {own["images"]} images a step and process, {own["steps"]} steps,
+{own["rounds"]} rounds.
 
 {measured_table(measured["results"])}
 
