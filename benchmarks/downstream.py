@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import datetime
 import fnmatch
+import functools
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from pathlib import Path
 
 import torch
 import transformers
+import yaml
 from transformers import set_seed
 
 from modeling_ehm import EHMConfig, EHMForPreTraining
@@ -104,9 +106,15 @@ def finished_results(
     return kept["results"] if kept["key"] == key_of(recipe, checkpoint, seed, overrides) else None
 
 
+@functools.cache
+def content_of(recipe: str) -> dict:
+    """What a recipe's file says, comments aside."""
+    return yaml.safe_load((ROOT / "configs" / f"{recipe}.yaml").read_text())
+
+
 def key_of(recipe: str, checkpoint: Path | None, seed: int, overrides: list[str]) -> str:
     """What tells a run from others: hash of all that its results depend on but the code."""
-    key = hashlib.sha256((ROOT / "configs" / f"{recipe}.yaml").read_bytes())
+    key = hashlib.sha256(json.dumps(content_of(recipe)).encode())
     if checkpoint is not None:
         key.update(sha256_of(checkpoint / "model.safetensors").encode())
     key.update(json.dumps([seed, overrides]).encode())

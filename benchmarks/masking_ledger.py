@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 import yaml
-from downstream import ROOT, cell, finished_results, machine, run_all, run_one, write_tables
+from downstream import ROOT, cell, content_of, finished_results, machine, run_all, run_one, write_tables
 from step import Setting, time_steps
 
 from modeling_ehm import EHMConfig
@@ -155,11 +155,6 @@ class Record:
         for key in run.keys(plan).values():
             figures |= self.results.get(key, {}).get("figures", {})
         return figures
-
-
-@functools.cache
-def content_of(recipe: str) -> dict:
-    return yaml.safe_load((ROOT / "configs" / f"{recipe}.yaml").read_text())
 
 
 def key_of(recipe: str, *told) -> str:

@@ -149,3 +149,13 @@ def test_a_failed_run_costs_its_own_row_alone(capsys):
     assert "FAILED b, MAE, seed 1: see log.txt" in printed and "a, EHM, seed 0: 1.0 minutes" in printed
     tables = downstream.complete(done, ["a", "b"], ["EHM", "MAE"], [1, 0])
     assert tables.keys() == {"a"} and [one["figures"]["top1"] for one in tables["a"]["MAE"]] == [1.0, 0.0]
+
+
+def test_a_run_is_told_by_what_its_recipe_says_not_by_comments(tmp_path, monkeypatch):
+    monkeypatch.setattr(downstream, "ROOT", tmp_path)
+    (tmp_path / "configs").mkdir()
+    keys = []
+    for number, text in enumerate(["# one\na: 1\n", "# another\n\na: 1  # of these\n", "a: 2\n"]):
+        (tmp_path / "configs" / f"{number}.yaml").write_text(text)
+        keys.append(downstream.key_of(str(number), None, 0, []))
+    assert keys[0] == keys[1] != keys[2]
