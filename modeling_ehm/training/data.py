@@ -432,8 +432,7 @@ def _folder_of(source: ImageSource, builder: DatasetBuilder) -> Path | None:
     Raises:
         ValueError: a kind of files is named, but no files, for which the working directory would be searched.
     """
-    modules = type(builder).__module__.split(".")  # datasets.packaged_modules.parquet.parquet
-    of_files = modules[1] == "packaged_modules" and modules[2] == source.path
+    of_files = type(builder).__module__.startswith(f"datasets.packaged_modules.{source.path}.")  # as imagefolder
     if of_files and not (source.data_dir or source.data_files):
         raise ValueError("name the files by data_files, or their folder by data_dir")
     if isinstance(source.data_files, str) and source.data_files.endswith("/**"):
