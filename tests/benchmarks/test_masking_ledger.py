@@ -35,18 +35,20 @@ def plan_of(ledger, tmp_path: Path, **changes):
 
 
 @pytest.mark.parametrize(
-    "name, policies",
+    "name, policies, masks",
     [
-        ("masking_ledger", {"random", "block", "grid", "color_noise", "epm", "ehm"}),
-        ("masking_ledger_gpu", {"random", "ehm"}),
+        ("masking_ledger", {"random", "block", "grid", "color_noise", "epm", "ehm"}, {1, 2, 4}),
+        ("masking_ledger_gpu", {"random", "ehm"}, {1, 4}),
+        ("masking_ledger_long", {"random", "ehm"}, {1}),
+        ("masking_ledger_deep", {"random", "ehm"}, {1}),
     ],
 )
-def test_the_plans_that_are_shipped(ledger, name, policies):
+def test_the_plans_that_are_shipped(ledger, name, policies, masks):
     """Every recipe they name exists, every setting is a configuration, and every step trains on as many masks."""
     plan = ledger.read_plan(ROOT / "benchmarks" / f"{name}.yaml")
     recipes = {name: plan.recipe_of(name) for name in plan.settings}
     assert {ledger.masks_a_step(recipe) for recipe in recipes.values()} == {256}
-    assert {recipe.model.get("masks_per_image", 1) for recipe in recipes.values()} >= {1, 4}
+    assert {recipe.model.get("masks_per_image", 1) for recipe in recipes.values()} == masks
     assert {recipe.model.get("mask_policy", "ehm") for recipe in recipes.values()} == policies
     for name, overrides in plan.downstream.items():
         ledger.load_recipe(ROOT / "configs" / f"{name}.yaml", overrides)
