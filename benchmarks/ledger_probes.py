@@ -59,8 +59,14 @@ def difference_cells(own: dict[int, dict], reference: dict[int, dict]) -> list[s
     cells = []
     for name in FIGURES:
         less = [own[seed][name] - reference[seed][name] for seed in own if seed in reference]
-        cells.append(", ".join(f"{one:+.1f}" for one in less) + f"; {statistics.mean(less):+.1f}" if less else "")
+        cells.append(", ".join(map(signed, less)) + f"; {signed(statistics.mean(less))}" if less else "")
     return cells
+
+
+def signed(difference: float) -> str:
+    """One decimal; without a sign where that is 0."""
+    rounded = round(difference, 1)
+    return f"{rounded:+.1f}" if rounded else "0.0"
 
 
 def table(plan: Plan, results: list[dict]) -> str:

@@ -37,7 +37,7 @@ def test_every_image_is_tested_once_by_the_other_half(probes, monkeypatch):
 def test_differences_are_of_the_same_seed(probes):
     own = {0: {"knn": 10.0, "linear": 1.0}, 2: {"knn": 11.0, "linear": 3.0}, 3: {"knn": 50.0, "linear": 50.0}}
     whole = {0: {"knn": 11.0, "linear": 1.0}, 1: {"knn": 90.0, "linear": 90.0}, 2: {"knn": 11.5, "linear": 2.0}}
-    assert probes.difference_cells(own, whole) == ["-1.0, -0.5; -0.8", "+0.0, +1.0; +0.5"]
+    assert probes.difference_cells(own, whole) == ["-1.0, -0.5; -0.8", "0.0, +1.0; +0.5"]
     assert probes.difference_cells(own, {}) == ["", ""]
 
 
@@ -97,4 +97,4 @@ def test_runs_whose_weights_are_there_are_probed_once(probes, work, monkeypatch,
     text = (work / "out.md").read_text()
     assert "\nshades/train.parquet, 40 images; of raw pixels k-NN " in text
     assert "| random | 10 | 0, 1 | 100.00 ± 0.00 | 100.00 ± 0.00 |  |  |" in text
-    assert "| ehm | 10 | 0 | 100.00 | 100.00 | +0.0; +0.0 | +0.0; +0.0 |" in text
+    assert "| ehm | 10 | 0 | 100.00 | 100.00 | 0.0; 0.0 | 0.0; 0.0 |" in text
