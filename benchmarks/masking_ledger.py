@@ -373,7 +373,8 @@ def phases_of(plan: Plan, setting: str) -> dict[tuple[str, ...], float]:
     if not any(override.startswith(start) for override in overrides):
         raise ValueError(f"{setting}: write {start}{config.evolution_start} into the settings that shall have it")
     later = tuple(override for override in overrides if not override.startswith(start))
-    others = (override for override in later if not override.startswith("model.mask_policy="))
+    unread = ("model.mask_policy=", "model.affinity_layers=")  # there: no teacher runs
+    others = (override for override in later if not override.startswith(unread))
     first = (f"model.mask_policy={before}", *others)
     return {first: config.evolution_start, later: 1 - config.evolution_start}
 

@@ -36,7 +36,7 @@ from modeling_ehm.conversion import from_vit_mae, quiet_loading
 from modeling_ehm.modeling_ehm import sincos_positions
 
 REFERENCE = "ViTMAE"
-ALL_LAYERS = {"affinity": "attention", "affinity_layers": None}
+ALL_LAYERS = {"affinity": "attention", "affinity_layers": "all"}
 THREE_LAYERS = {"affinity": "attention", "affinity_layers": [0, 1, 2]}
 VARIANTS = {  # fields of EHMConfig; the first is held against ViTMAE's loss
     "random masks": {"mask_policy": "random"},
@@ -46,7 +46,7 @@ VARIANTS = {  # fields of EHMConfig; the first is held against ViTMAE's loss
     "EHM, 12 layers, R = 4": ALL_LAYERS | {"masks_per_image": 4},
     "EHM, 3 layers": THREE_LAYERS | {"masks_per_image": 1},
     "EHM, 3 layers, R = 4": THREE_LAYERS | {"masks_per_image": 4},
-    "EHM, second layer": {"affinity": "attention", "affinity_layers": [1]},
+    "EHM, default, R = 4": {"masks_per_image": 4},
     "EHM, keys of the last layer": {"affinity": "keys", "affinity_layers": [-1]},
     "EHM, until masks evolve": {"evolution_start": 0.9},  # steps are timed at progress 0.5
 }

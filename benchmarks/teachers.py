@@ -1,11 +1,11 @@
-"""How near the trees of other teachers come to those of the default: attention of all layers, float32, average linkage.
+"""How near other teachers' trees come to those that all layers give: their attention in float32, average linkage.
 
     python benchmarks/teachers.py docs/results/teachers --runs outputs/one outputs/another
 
 Each run is the folder of a finished pre-training; its own recipe names the images, those of `data.probe_test`. Nothing
 is trained: whether other trees train as well is for masking_ledger.py to say. All trees of an image are cut into as
-many nodes as masks had halfway through their evolution and at its end. The partitions are held against the default's
-by the adjusted Rand index (1: the same, 0: as alike as chance makes them). Means over images, then over runs.
+many nodes as masks had halfway through their evolution and at its end. The partitions are held against those of all
+layers by the adjusted Rand index (1: the same, 0: as alike as chance makes them). Means over images, then over runs.
 Writes OUT_STEM.json and the table into OUT_STEM.md, between two marks.
 """
 
@@ -47,7 +47,7 @@ class Teacher:
     reduction: int = 1
 
 
-REFERENCE = Teacher({"affinity": "attention", "affinity_layers": None, "linkage": "average", "teacher_dtype": None})
+REFERENCE = Teacher({"affinity": "attention", "affinity_layers": "all", "linkage": "average", "teacher_dtype": None})
 TEACHERS = {
     "bfloat16": Teacher({"teacher_dtype": "bfloat16"}),
     "first layer": Teacher({"affinity_layers": [0]}),

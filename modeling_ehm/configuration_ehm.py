@@ -26,6 +26,7 @@ LINKAGES = ("average", "single", "complete")
 NODE_CURVES = ("linear", "log", "cosine")
 POOLINGS = ("mean", "cls")
 NODE_NUMBERS = ("num_nodes_start", "num_nodes_end")
+SECOND_LAYER = 1  # counted from 0; why its attention is the default: docs/results/ledger.md
 OUTPUTS = ("out_features", "out_indices", "_out_features", "_out_indices")  # all say which feature maps there are
 
 
@@ -74,8 +75,8 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
         teacher_dtype: "bfloat16" lets the teacher compute in it where the rest does not (autocast); None leaves it as
             the caller has it. Affinities are float32 in any case.
         affinity: "attention": softmaxed maps averaged over heads and layers. "keys": cosine of keys.
-        affinity_layers: Layers the affinity reads, counted from 0, negative from the end; None is every layer for
-            "attention" and the last one for "keys". The teacher pass stops after the last of them.
+        affinity_layers: Layers the affinity reads, counted from 0, negative from the end, or "all", as EPM does. None
+            is the second for "attention", the last one for "keys". The teacher pass stops after the last of them.
         linkage: Affinity of two nodes: mean ("average"), largest ("single") or smallest ("complete") of their members.
             Single linkage adds patch after patch to one node, and so its masks are nearly random ones.
         evolution_start: Progress until which masks are drawn as at progress 0, in [0, 1); number of nodes and softness
@@ -130,7 +131,7 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
     teacher_warmup_steps: int = 10
     teacher_dtype: str | None = None
     affinity: str = "attention"
-    affinity_layers: list[int] | None = None
+    affinity_layers: list[int] | str | None = None
     linkage: str = "average"
     evolution_start: float | int = 0.0
     num_nodes_start: int | None = None
@@ -202,11 +203,12 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
     @property
     def resolved_affinity_layers(self) -> tuple[int, ...]:
         """The layers the affinity reads, ascending, without repetition, all counted from 0."""
-        if self.affinity_layers is None:
-            chosen = range(self.num_hidden_layers) if self.affinity == "attention" else [self.num_hidden_layers - 1]
-        else:
-            chosen = {layer % self.num_hidden_layers for layer in self.affinity_layers}
-        return tuple(sorted(chosen))
+        depth, layers = self.num_hidden_layers, self.affinity_layers
+        if layers == "all":
+            return tuple(range(depth))
+        if layers is None:
+            layers = [min(SECOND_LAYER, depth - 1) if self.affinity == "attention" else -1]
+        return tuple(sorted({layer % depth for layer in layers}))
 
     def num_hidden_patches(self, num_patches: int) -> int:
         """Patches hidden out of `num_patches`. Rounded: `int(n * (1 - ratio))` would keep 9 of 100 at ratio 0.9."""
@@ -310,12 +312,13 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
         if self.teacher_warmup_steps < 0:
             raise ValueError(f"teacher_warmup_steps={self.teacher_warmup_steps} must be 0 (no warm-up) or more")
         layers = self.affinity_layers
-        if layers is not None and (
-            not layers or not all(-self.num_hidden_layers <= n < self.num_hidden_layers for n in layers)
+        depth = self.num_hidden_layers
+        if layers not in (None, "all") and (
+            isinstance(layers, str) or not layers or not all(-depth <= layer < depth for layer in layers)
         ):
             raise ValueError(
-                f"affinity_layers={layers} must name at least one layer, each in"
-                f" [-{self.num_hidden_layers}, {self.num_hidden_layers - 1}]; None takes the default"
+                f"affinity_layers={layers!r} must name at least one layer, each in [-{depth}, {depth - 1}], or be"
+                f' "all"; None takes the default'
             )
         if not 0 <= self.evolution_start < 1:
             raise ValueError(f"evolution_start={self.evolution_start} must lie in [0, 1): a fraction of pre-training")

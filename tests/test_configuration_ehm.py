@@ -79,8 +79,10 @@ def test_node_range_on_other_grids(make_config):
 @pytest.mark.parametrize(
     ("affinity", "layers", "resolved"),
     [
-        ("attention", None, (0, 1, 2)),
+        ("attention", None, (1,)),
         ("keys", None, (2,)),
+        ("attention", "all", (0, 1, 2)),
+        ("keys", "all", (0, 1, 2)),
         ("attention", [-1, 0, 2], (0, 2)),  # -1 and 2 are one layer of 3
         ("keys", [1], (1,)),
         ("attention", [-3, -2], (0, 1)),
@@ -88,6 +90,10 @@ def test_node_range_on_other_grids(make_config):
 )
 def test_affinity_layers(make_config, affinity, layers, resolved):
     assert make_config(affinity=affinity, affinity_layers=layers).resolved_affinity_layers == resolved
+
+
+def test_the_only_layer_is_read_where_there_is_no_second(make_config):
+    assert make_config(num_hidden_layers=1).resolved_affinity_layers == (0,)
 
 
 # changes -> what the message must name: field, received value, rule.
@@ -131,6 +137,7 @@ REFUSED = [
     ({"affinity_layers": []}, r"affinity_layers=\[\] must name at least one layer, each in \[-3, 2\]"),
     ({"affinity_layers": [0, 3]}, r"affinity_layers=\[0, 3\] must name at least one layer, each in \[-3, 2\]"),
     ({"affinity_layers": [-4]}, r"affinity_layers=\[-4\] must name"),
+    ({"affinity_layers": "first"}, r"affinity_layers='first' must name at least one layer, .* or be \"all\""),
     ({"num_nodes_start": 17}, r"num_nodes_start=17 must lie in \[1, 16\], the number of patches"),
     ({"num_nodes_end": 0}, r"num_nodes_end=0 must lie in \[1, 16\]"),
     ({"num_nodes_start": 4, "num_nodes_end": 5}, "num_nodes_end=5 exceeds num_nodes_start=4"),

@@ -584,12 +584,14 @@ def test_online_teacher_is_the_encoder_itself(config):
     assert model.teacher_encoder() is model.ehm
 
 
-@pytest.mark.parametrize("layers", [None, [1], [0, 2], [-1], [0]])
-def test_affinity_is_the_attention_that_the_model_reports(make_config, layers):
+@pytest.mark.parametrize(
+    "layers, read", [(None, [1]), ("all", [0, 1, 2]), ([1], [1]), ([0, 2], [0, 2]), ([-1], [2]), ([0], [0])]
+)
+def test_affinity_is_the_attention_that_the_model_reports(make_config, layers, read):
     model = build(EHMModel, make_config(affinity_layers=layers))
     images = some_images(2)
     attentions = model(images, output_attentions=True).attentions
-    chosen = [attentions[layer] for layer in (layers or range(3))]
+    chosen = [attentions[layer] for layer in read]
     patches = torch.stack(chosen).mean((0, 2))[:, 1:, 1:]  # over layers and heads, class token removed
     affinity = model.patch_affinity(images)
     torch.testing.assert_close(affinity, (patches + patches.transpose(1, 2)) / 2, atol=1e-6, rtol=0)
@@ -613,9 +615,9 @@ def test_affinity_of_keys_is_their_cosine(make_config, layers):
 @pytest.mark.parametrize(
     ("changes", "calls", "mlps"),
     [
-        ({}, [1, 1, 1], [1, 1, 0]),  # of the last layer used, only queries and keys
+        ({}, [1, 1, 0], [1, 0, 0]),  # of the last layer used, only queries and keys
+        ({"affinity_layers": "all"}, [1, 1, 1], [1, 1, 0]),
         ({"affinity_layers": [0]}, [1, 0, 0], [0, 0, 0]),
-        ({"affinity_layers": [1]}, [1, 1, 0], [1, 0, 0]),
         ({"affinity": "keys", "affinity_layers": [0, 1]}, [1, 1, 0], [1, 0, 0]),
     ],
 )

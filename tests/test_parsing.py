@@ -215,11 +215,11 @@ def test_our_models_follow_their_config(make_config, model_class):
             parse_hierarchy(model, images, **options)
 
 
-def test_our_encoder_and_its_plain_vit_parse_alike(config, affinity_of):
+def test_our_encoder_and_its_plain_vit_parse_alike(make_config, affinity_of):
     from modeling_ehm.conversion import to_vit
 
     torch.manual_seed(0)
-    model = EHMModel(config).eval()
+    model = EHMModel(make_config(affinity_layers="all")).eval()
     torch.testing.assert_close(affinity_of(to_vit(model), some_images()), model.patch_affinity(some_images()))
 
 
