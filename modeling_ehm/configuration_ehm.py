@@ -76,7 +76,8 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
             the caller has it. Affinities are float32 in any case.
         affinity: "attention": softmaxed maps averaged over heads and layers. "keys": cosine of keys.
         affinity_layers: Layers the affinity reads, counted from 0, negative from the end, or "all", as EPM does. None
-            is the second for "attention", the last one for "keys". The teacher pass stops after the last of them.
+            is the second for "attention" (all for the mask policy "epm") and the last one for "keys". The teacher pass
+            stops after the last of them.
         linkage: Affinity of two nodes: mean ("average"), largest ("single") or smallest ("complete") of their members.
             Single linkage adds patch after patch to one node, and so its masks are nearly random ones.
         evolution_start: Progress until which masks are drawn as at progress 0, in [0, 1); number of nodes and softness
@@ -204,11 +205,11 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
     def resolved_affinity_layers(self) -> tuple[int, ...]:
         """The layers the affinity reads, ascending, without repetition, all counted from 0."""
         depth, layers = self.num_hidden_layers, self.affinity_layers
-        if layers == "all":
-            return tuple(range(depth))
-        if layers is None:
-            layers = [min(SECOND_LAYER, depth - 1) if self.affinity == "attention" else -1]
-        return tuple(sorted({layer % depth for layer in layers}))
+        if layers is None and self.affinity == "keys":
+            layers = [-1]
+        elif layers is None:  # EPM's sharpness is made for the sum over all layers
+            layers = "all" if self.mask_policy == "epm" else [min(SECOND_LAYER, depth - 1)]
+        return tuple(range(depth)) if layers == "all" else tuple(sorted({layer % depth for layer in layers}))
 
     def num_hidden_patches(self, num_patches: int) -> int:
         """Patches hidden out of `num_patches`. Rounded: `int(n * (1 - ratio))` would keep 9 of 100 at ratio 0.9."""

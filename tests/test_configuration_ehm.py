@@ -96,6 +96,12 @@ def test_the_only_layer_is_read_where_there_is_no_second(make_config):
     assert make_config(num_hidden_layers=1).resolved_affinity_layers == (0,)
 
 
+def test_parts_of_the_forerunner_are_of_all_layers(make_config):
+    assert make_config(mask_policy="epm").resolved_affinity_layers == (0, 1, 2)
+    assert make_config(mask_policy="epm", affinity_layers=[1]).resolved_affinity_layers == (1,)
+    assert make_config(mask_policy="epm", affinity="keys").resolved_affinity_layers == (2,)
+
+
 # changes -> what the message must name: field, received value, rule.
 REFUSED = [
     ({"image_size": 33}, "image_size=33 is not a multiple of patch_size=8 in height; 32 or 40 would be"),

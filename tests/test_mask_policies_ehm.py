@@ -113,9 +113,7 @@ def test_clusters_are_the_blocks_of_an_affinity():
 
 def test_parts_replace_the_grid_as_training_advances():
     """At progress 0 the masks are the grid's, at 1 whole parts."""
-    model = small_model(
-        mask_policy="epm", affinity_layers="all", image_size=64, num_nodes_start=8, num_nodes_end=4
-    ).train()
+    model = small_model(mask_policy="epm", image_size=64, num_nodes_start=8, num_nodes_end=4).train()
     images, seeds = torch.rand(8, 3, 64, 64, generator=torch.Generator().manual_seed(1)), torch.arange(8)
     assert torch.equal(model.evolve_mask(images, 0.0, seeds), mask_from_scores(scores_of("grid", (8, 8), 8), 48))
     maps = 4 * model.patch_affinity(images)  # two layers with two heads each
