@@ -112,14 +112,16 @@ def main() -> None:
     runs = runs_of(plan, costs_of(plan, Record.read(options.ledger), rounds=9), options.work)
     record = json.loads(path.read_text()) if path.exists() else {"references": {}, "results": {}}
     source = ImageSource(path="parquet", data_files=str(options.images), label_column=options.label_column)
-    loaded = load_labelled(source, to_pair(EHMConfig(**plan.recipe_of(plan.reference).model).image_size), 3)
-    reference = both_ways(pixel_features(loaded["pixels"]), loaded["labels"])
-    record["references"][name_of(options.images)] = {"count": len(loaded["labels"])} | reference
+    config, name = EHMConfig(**plan.recipe_of(plan.reference).model), name_of(options.images)
+    loaded = load_labelled(source, to_pair(config.image_size), config.num_channels)
+    if name not in record["references"]:
+        reference = both_ways(pixel_features(loaded["pixels"]), loaded["labels"])
+        record["references"][name] = {"count": len(loaded["labels"])} | reference
     for run in dict.fromkeys(runs.values()):
         key = probed_key(plan, run, options.images)
         if key is None or key in record["results"] or run.setting not in (options.only or plan.settings):
             continue
-        told = {"setting": run.setting, "steps": run.steps, "seed": run.seed, "images": name_of(options.images)}
+        told = {"setting": run.setting, "steps": run.steps, "seed": run.seed, "images": name}
         figures = measure(run, plan, loaded)
         record["results"][key] = told | {"figures": figures, "machine": machine()}
         path.parent.mkdir(parents=True, exist_ok=True)

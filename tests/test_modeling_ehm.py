@@ -618,6 +618,7 @@ def test_affinity_of_keys_is_their_cosine(make_config, layers):
         ({}, [1, 1, 0], [1, 0, 0]),  # of the last layer used, only queries and keys
         ({"affinity_layers": "all"}, [1, 1, 1], [1, 1, 0]),
         ({"affinity_layers": [0]}, [1, 0, 0], [0, 0, 0]),
+        ({"affinity_layers": [1]}, [1, 1, 0], [1, 0, 0]),
         ({"affinity": "keys", "affinity_layers": [0, 1]}, [1, 1, 0], [1, 0, 0]),
     ],
 )
