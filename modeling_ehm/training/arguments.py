@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 from transformers import TrainingArguments
-from transformers.integrations import is_tensorboard_available
+from transformers.integrations import get_available_reporting_integrations, is_tensorboard_available
 
 # Options of the Trainer that would break the sequence of samples, or resuming, in silence: why, and what to do instead.
 REFUSED = {
@@ -77,6 +77,12 @@ class ImageTrainingArguments(TrainingArguments):
         if self.use_cpu and "RANK" in os.environ:  # the Trainer would leave ddp_timeout out on CPUs
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
+        installed = get_available_reporting_integrations()
+        if missing := [name for name in self.report_to if name not in [*installed, "flyte"]]:  # that list leaves it out
+            raise ValueError(
+                f"training.report_to={self.report_to} names {', '.join(missing)}, which is unknown or not installed;"
+                f" here are {', '.join(installed) or 'none'}: install its package, or choose of these, or 'none'"
+            )
         for name in ("save_strategy", "logging_strategy", "eval_strategy"):
             if getattr(self, name) == "epoch":
                 raise ValueError(
@@ -110,6 +116,11 @@ class ImageTrainingArguments(TrainingArguments):
         if self.gradient_accumulation_steps < 1:
             raise ValueError(
                 f"training.gradient_accumulation_steps={self.gradient_accumulation_steps} must be at least 1"
+            )
+        if self.dataloader_num_workers < 0:
+            raise ValueError(
+                f"training.dataloader_num_workers={self.dataloader_num_workers} must be at least 0, where 0 reads in"
+                " the training process itself"
             )
         for name in ("learning_rate", "base_learning_rate"):
             rate = getattr(self, name)

@@ -7,6 +7,7 @@ import torch
 from torch.utils.data import Dataset
 
 from modeling_ehm import EHMForPreTraining
+from modeling_ehm.training import arguments as arguments_module
 from modeling_ehm.training.arguments import EHMTrainingArguments
 from modeling_ehm.training.trainer import EHMTrainer
 
@@ -88,6 +89,14 @@ def test_tensorboard_is_on_by_default_where_it_is_installed(tmp_path):
     assert EHMTrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none").report_to == []
 
 
+def test_a_logger_whose_package_is_missing_is_refused(tmp_path, monkeypatch):
+    """Named beside those that are there; the Trainer would end in a traceback."""
+    monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    assert arguments(tmp_path, report_to=["tensorboard"]).report_to == ["tensorboard"]
+    with pytest.raises(ValueError, match="names wandb, which is unknown or not installed; here are tensorboard: "):
+        arguments(tmp_path, report_to=["tensorboard", "wandb"])
+
+
 # Splitting the batch
 
 
@@ -167,8 +176,10 @@ def test_how_long_to_train_can_be_said_in_samples(tmp_path):
         ({"base_learning_rate": float("nan")}, "base_learning_rate=nan must be a number"),
         ({"base_learning_rate": -1.0}, "base_learning_rate=-1.0 must be a number of at least 0"),
         ({"load_best_model_at_end": True, "eval_strategy": "steps"}, "load_best_model_at_end=True would save"),
+        ({"dataloader_num_workers": -1}, "dataloader_num_workers=-1 must be at least 0"),
+        ({"report_to": "wandbb"}, r"report_to=\['wandbb'\] names wandbb, which is unknown or not installed; here are"),
     ],
 )
-def test_what_would_silently_train_something_else_is_refused(tmp_path, options, problem):
+def test_what_would_train_something_else_or_break_off_later_is_refused(tmp_path, options, problem):
     with pytest.raises(ValueError, match=f"training.{problem}"):
         arguments(tmp_path, **options)
