@@ -54,7 +54,7 @@ TEACHERS = {
     "second layer": Teacher({"affinity_layers": [1]}),
     "first three layers": Teacher({"affinity_layers": [0, 1, 2]}),
     "last layer": Teacher({"affinity_layers": [-1]}),
-    "keys of the last layer": Teacher({"affinity": "keys"}),
+    "keys of the last layer": Teacher({"affinity": "keys", "affinity_layers": [-1]}),
     "half the resolution": Teacher(reduction=2),
     "complete linkage": Teacher({"linkage": "complete"}),
     "single linkage": Teacher({"linkage": "single"}),

@@ -318,8 +318,8 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
             isinstance(layers, str) or not layers or not all(-depth <= layer < depth for layer in layers)
         ):
             raise ValueError(
-                f"affinity_layers={layers!r} must name at least one layer, each in [-{depth}, {depth - 1}], or be"
-                f' "all"; None takes the default'
+                f"affinity_layers={layers!r} must be a list of layers, as [1], each in [-{depth}, {depth - 1}], or"
+                ' "all"; None takes the default'
             )
         if not 0 <= self.evolution_start < 1:
             raise ValueError(f"evolution_start={self.evolution_start} must lie in [0, 1): a fraction of pre-training")

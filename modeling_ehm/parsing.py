@@ -69,7 +69,7 @@ def parse_hierarchy(
     model: PreTrainedModel,
     pixel_values: Tensor,
     affinity: str = "attention",
-    layers: list[int] | None = None,
+    layers: list[int] | str | None = None,
     linkage: str = "average",
 ) -> PatchHierarchy:
     """Parse images into binary trees over their patches.
@@ -79,7 +79,9 @@ def parse_hierarchy(
             vision transformer with one token a patch and its prefix tokens first.
         pixel_values: `(B, C, H, W)`, as the model's image processor returns them.
         affinity: "attention", softmaxed maps averaged over heads and layers, or "keys", cosine of keys.
-        layers: Layers to read, counted from 0, negative from the end; None is all for "attention", the last for "keys".
+        layers: Layers to read, counted from 0, negative from the end, or "all". None is all for "attention", the last
+            for "keys"; the default of EHM models is another, their second layer, so that weights that were converted
+            parse alike with `layers=[1]` here, or with `affinity_layers="all"` there.
         linkage: "average", "single" or "complete".
 
     Raises:
@@ -102,10 +104,16 @@ def parse_hierarchy(
             f"{type(model).__name__} does not use transformers' attention interface, so its queries and keys cannot be"
             " read; use a model that does (ViT, ViTMAE, DINOv2, DINOv3, ...)"
         )
-    if layers is None:
-        layers = list(range(len(recorded))) if affinity == "attention" else [-1]
-    if not layers or not all(-len(recorded) <= layer < len(recorded) for layer in layers):
-        raise ValueError(f"layers={layers} must name layers in [-{len(recorded)}, {len(recorded) - 1}]")
+    depth = len(recorded)
+    if layers == "all" or (layers is None and affinity == "attention"):
+        layers = list(range(depth))
+    elif layers is None:
+        layers = [-1]
+    if isinstance(layers, str) or not layers or not all(-depth <= layer < depth for layer in layers):
+        raise ValueError(
+            f'layers={layers!r} must be a list of layers, as [1], each in [-{depth}, {depth - 1}], or "all"; None takes'
+            " the default"
+        )
     total = 0
     for query, key, scaling, bias in (recorded[layer] for layer in layers):
         num_prefix = query.shape[2] - num_patches

@@ -13,6 +13,8 @@ if not any(map(os.path.exists, ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg"))):  # 
 if "PYTEST_XDIST_WORKER" in os.environ:  # numba's index of machine code is not for two writers
     os.environ["NUMBA_CACHE_DIR"] = str(Path(__file__).parents[1] / ".pytest_cache" / os.environ["PYTEST_XDIST_WORKER"])
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # read on import: without a network, the client would try again for most of a minute
+
 import torch
 from transformers.utils import logging
 

@@ -60,6 +60,13 @@ def test_json_round_trip(make_config, tmp_path):
         assert getattr(loaded, name) == (list(value) if isinstance(value, tuple) else value), name
 
 
+@pytest.mark.parametrize(("layers", "resolved"), [("all", (0, 1, 2)), (None, (1,))])
+def test_layers_by_name_come_back(make_config, tmp_path, layers, resolved):
+    make_config(affinity_layers=layers).save_pretrained(tmp_path)
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    assert loaded.affinity_layers == layers and loaded.resolved_affinity_layers == resolved
+
+
 def test_hidden_count_is_rounded_to_the_nearest_patch():
     counts = {0.9: 90, 0.75: 75, 0.6: 60, 0.004: 0, 0.006: 1, 0.996: 100}  # int(100 * (1 - 0.9)) would keep 9 of 100
     assert {ratio: EHMConfig(mask_ratio=ratio).num_hidden_patches(100) for ratio in counts} == counts
@@ -140,10 +147,10 @@ REFUSED = [
     ({"teacher_decay": 1.0}, r"teacher_decay=1.0 must lie in \[0, 1\)"),
     ({"teacher_decay": -0.1}, r"teacher_decay=-0.1 must lie in \[0, 1\)"),
     ({"teacher_warmup_steps": -1}, "teacher_warmup_steps=-1 must be 0 .* or more"),
-    ({"affinity_layers": []}, r"affinity_layers=\[\] must name at least one layer, each in \[-3, 2\]"),
-    ({"affinity_layers": [0, 3]}, r"affinity_layers=\[0, 3\] must name at least one layer, each in \[-3, 2\]"),
-    ({"affinity_layers": [-4]}, r"affinity_layers=\[-4\] must name"),
-    ({"affinity_layers": "first"}, r"affinity_layers='first' must name at least one layer, .* or be \"all\""),
+    ({"affinity_layers": []}, r"affinity_layers=\[\] must be a list of layers, as \[1\], each in \[-3, 2\]"),
+    ({"affinity_layers": [0, 3]}, r"affinity_layers=\[0, 3\] must be a list of layers, as \[1\], each in \[-3, 2\]"),
+    ({"affinity_layers": [-4]}, r"affinity_layers=\[-4\] must be"),
+    ({"affinity_layers": "1"}, r"affinity_layers='1' must be a list of layers, as \[1\], .*, or \"all\""),
     ({"num_nodes_start": 17}, r"num_nodes_start=17 must lie in \[1, 16\], the number of patches"),
     ({"num_nodes_end": 0}, r"num_nodes_end=0 must lie in \[1, 16\]"),
     ({"num_nodes_start": 4, "num_nodes_end": 5}, "num_nodes_end=5 exceeds num_nodes_start=4"),

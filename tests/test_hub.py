@@ -189,7 +189,8 @@ def test_the_card_describes_the_masks():
     evolved = _describe_masks(EHMConfig(num_nodes_end=20, evolution_start=0.5, affinity_layers=[1]))
     assert "ratio 0.75: 196 to 20 nodes of 196 patches (linear in progress from 0.5 on), softness 0.0 to 0.0" in evolved
     assert "average linkage over attention of layers [1], online teacher" in evolved
-    assert " on)" not in _describe_masks(EHMConfig())
+    default = _describe_masks(EHMConfig())
+    assert " on)" not in default and "attention of layers [1]," in default
     assert _describe_masks(EHMConfig(mask_policy="random")) == "random masks (as MAE), ratio 0.75"
 
 

@@ -219,8 +219,13 @@ def test_our_encoder_and_its_plain_vit_parse_alike(make_config, affinity_of):
     from modeling_ehm.conversion import to_vit
 
     torch.manual_seed(0)
-    model = EHMModel(make_config(affinity_layers="all")).eval()
-    torch.testing.assert_close(affinity_of(to_vit(model), some_images()), model.patch_affinity(some_images()))
+    model = EHMModel(make_config()).eval()
+    second, whole = affinity_of(to_vit(model), some_images(), layers=[1]), affinity_of(to_vit(model), some_images())
+    torch.testing.assert_close(second, model.patch_affinity(some_images()))
+    model.config.affinity_layers = "all"
+    torch.testing.assert_close(whole, model.patch_affinity(some_images()))
+    assert torch.equal(whole, affinity_of(to_vit(model), some_images(), layers="all"))
+    assert (second - whole).abs().max() > 1e-4
 
 
 class OwnAttention(PreTrainedModel):
@@ -279,9 +284,10 @@ def test_biases_that_beit_adds_to_its_attention_count(affinity_of):
     ("options", "message"),
     [
         ({"affinity": "values"}, "affinity='values' is not one of attention, keys"),
-        ({"layers": [3]}, r"layers=\[3\] must name layers in \[-3, 2\]"),
-        ({"layers": [-4]}, r"layers=\[-4\] must name layers in \[-3, 2\]"),
-        ({"layers": []}, r"layers=\[\] must name layers"),
+        ({"layers": [3]}, r"layers=\[3\] must be a list of layers, as \[1\], each in \[-3, 2\], or \"all\""),
+        ({"layers": [-4]}, r"layers=\[-4\] must be a list of layers"),
+        ({"layers": []}, r"layers=\[\] must be a list of layers"),
+        ({"layers": "first"}, r"layers='first' must be a list of layers"),
         ({"linkage": "ward"}, "linkage='ward' is not one of average, single, complete"),
         ({"pixel_values": some_images(1, 32, 36)}, "pixel_values is 32x36, not a multiple of patch_size=8"),
     ],

@@ -216,8 +216,6 @@ def test_errors_of_training_keep_their_traceback(tmp_path, monkeypatch):
         runpy.run_path(str(SCRIPT), run_name="__main__")
 
 
-def test_a_data_set_that_cannot_be_reached_is_told_in_one_line(error_of, monkeypatch):
+def test_a_data_set_that_cannot_be_reached_is_told_in_one_line(error_of):
     """Offline, a data set of the Hub is an error with its name."""
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert "someone/pictures" in error_of("data.train={path: someone/pictures}")

@@ -4,6 +4,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from datetime import timedelta
+from importlib.util import find_spec
 
 import torch
 from accelerate import PartialState
@@ -17,6 +18,8 @@ REFUSED = {
     "ignore_data_skip": "a resumed run would see images again, and others never",
     "save_only_model": "without the optimiser's state no run goes on exactly; save_total_limit bounds the disk",
 }
+
+UNLISTED_LOGGERS = {"flyte": "flytekit", "azure_ml": "azureml"}  # packages of loggers that transformers may leave out
 
 
 @dataclass
@@ -77,12 +80,7 @@ class ImageTrainingArguments(TrainingArguments):
         if self.use_cpu and "RANK" in os.environ:  # the Trainer would leave ddp_timeout out on CPUs
             PartialState(cpu=True, backend=self.ddp_backend, timeout=timedelta(seconds=self.ddp_timeout))
         super().__post_init__()
-        installed = get_available_reporting_integrations()
-        if missing := [name for name in self.report_to if name not in [*installed, "flyte"]]:  # that list leaves it out
-            raise ValueError(
-                f"training.report_to={self.report_to} names {', '.join(missing)}, which is unknown or not installed;"
-                f" here are {', '.join(installed) or 'none'}: install its package, or choose of these, or 'none'"
-            )
+        self._check_loggers()
         for name in ("save_strategy", "logging_strategy", "eval_strategy"):
             if getattr(self, name) == "epoch":
                 raise ValueError(
@@ -126,6 +124,16 @@ class ImageTrainingArguments(TrainingArguments):
             rate = getattr(self, name)
             if rate is not None and not 0 <= rate < math.inf:
                 raise ValueError(f"training.{name}={rate} must be a number of at least 0")
+
+    def _check_loggers(self) -> None:
+        """Before the Trainer makes them, and ends in a traceback where a package is missing."""
+        installed = get_available_reporting_integrations()
+        installed += [name for name, package in UNLISTED_LOGGERS.items() if find_spec(package) is not None]
+        if missing := [name for name in self.report_to if name not in installed]:
+            raise ValueError(
+                f"training.report_to={self.report_to} names {', '.join(missing)}, which is unknown or not installed;"
+                f" here are {', '.join(installed) or 'none'}: install its package, or choose of these, or 'none'"
+            )
 
     def _check_pushes(self) -> None:
         if self.hub_token is not None:

@@ -59,6 +59,7 @@ class RunRecord:
         folder: Output folder.
         task: Name of the task.
         source: What decides which training images there are; see `data.identity_of`.
+        resolved: Fields of the config whose defaults follow from other fields, as they hold.
     """
 
     recipe: str
@@ -71,6 +72,7 @@ class RunRecord:
     references: dict = field(default_factory=dict)
     task: str = "pretrain"
     source: dict = field(default_factory=dict)
+    resolved: dict = field(default_factory=dict)
 
     @property
     def path(self) -> Path:
@@ -79,18 +81,23 @@ class RunRecord:
     def settings(self) -> dict:
         """What must not change when a run goes on: model, data, its length, and what decides the order of samples."""
         kept = {key: value for key, value in self.training.items() if key in RESUME_KEYS}
-        return {"data": self.data, **self.source, **self.model, **self.augmentation, **kept}
+        return {"data": self.data, **self.source, **self.model, **self.resolved, **self.augmentation, **kept}
 
-    def begin(self, resumed_from: str | None, num_processes: int) -> None:
+    def begin(self, resumed_from: str | None, num_processes: int, former: dict | None = None) -> None:
         """Note this start, after those of the run that it resumes, if it does.
 
         Other training arguments than those that a run keeps, as rates, hold from this start on, and are noted with it.
+
+        Args:
+            resumed_from: Checkpoint folder.
+            num_processes: Of this start.
+            former: What the fields in `resolved` were by default when records did not tell them.
 
         Raises:
             ValueError: the run that is resumed had other settings; its weights would get a config and a card that lie.
                 Or a rate was changed that would not hold.
         """
-        changed = {} if resumed_from is None else self._follow(resumed_from)
+        changed = {} if resumed_from is None else self._follow(resumed_from, former or {})
         self.starts.append(
             {
                 "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -102,7 +109,7 @@ class RunRecord:
             }
         )
 
-    def _follow(self, resumed_from: str) -> dict[str, str]:
+    def _follow(self, resumed_from: str, former: dict) -> dict[str, str]:
         """Take over the starts of the run that a checkpoint is of; returns which training arguments have changed."""
         beside = Path(resumed_from).absolute().parent / self.path.name
         path = next((path for path in (beside, self.path) if path.exists()), None)
@@ -115,6 +122,9 @@ class RunRecord:
         before = {key: value for key, value in LATER_SETTINGS.items() if key in now} | before
         if not earlier.source:  # of an earlier version, which did not note it
             before |= {key: now[key] for key in self.source}
+        if not earlier.resolved:
+            before |= {key: now[key] for key in self.resolved if earlier.model.get(key) == self.model.get(key)}
+            before |= {key: value for key, value in former.items() if earlier.model.get(key) is None}
         if differing := _differences(before, now):
             shown = ", ".join(f"{key}={told}" for key, told in differing.items())
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Other teachers' trees are held against the default's."""
+"""Other teachers' trees are held against those of all layers."""
 
 import importlib
 
@@ -15,6 +15,23 @@ from modeling_ehm.modeling_ehm import sincos_positions
 def teachers(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     return importlib.import_module("teachers")
+
+
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("bfloat16", (0, 1, 2, 3)),
+        ("first layer", (0,)),
+        ("second layer", (1,)),
+        ("first three layers", (0, 1, 2)),
+        ("last layer", (3,)),
+        ("keys of the last layer", (3,)),
+        ("complete linkage", (0, 1, 2, 3)),
+    ],
+)
+def test_teachers_read_the_layers_of_their_names(teachers, tmp_path, name, layers):
+    EHMForPreTraining(tiny_config(num_hidden_layers=4)).save_pretrained(tmp_path)
+    assert teachers.load(tmp_path, teachers.TEACHERS[name]).config.resolved_affinity_layers == layers
 
 
 def test_coarse_affinities_hold_for_the_patches_they_cover(teachers):

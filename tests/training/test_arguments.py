@@ -90,11 +90,15 @@ def test_tensorboard_is_on_by_default_where_it_is_installed(tmp_path):
 
 
 def test_a_logger_whose_package_is_missing_is_refused(tmp_path, monkeypatch):
-    """Named beside those that are there; the Trainer would end in a traceback."""
+    """Named beside those that are there; the Trainer would end in a traceback. Flyte is in no list of transformers."""
     monkeypatch.setattr(arguments_module, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(arguments_module, "find_spec", lambda package: None)
     assert arguments(tmp_path, report_to=["tensorboard"]).report_to == ["tensorboard"]
-    with pytest.raises(ValueError, match="names wandb, which is unknown or not installed; here are tensorboard: "):
-        arguments(tmp_path, report_to=["tensorboard", "wandb"])
+    for name in ("wandb", "flyte"):
+        with pytest.raises(ValueError, match=f"names {name}, which is unknown or not installed; here are tensorboard:"):
+            arguments(tmp_path, report_to=["tensorboard", name])
+    monkeypatch.setattr(arguments_module, "find_spec", lambda package: package == "flytekit")
+    assert arguments(tmp_path, report_to="flyte").report_to == ["flyte"]
 
 
 # Splitting the batch

@@ -144,6 +144,29 @@ def test_a_run_that_an_earlier_version_began_goes_on(tmp_path, shards):
         train(tmp_path / "run", **settings)
 
 
+def test_a_run_begun_when_all_layers_were_the_default_keeps_its_teacher(tmp_path, shards):
+    """Its record does not tell its layers: to go on it has to be told them, and ends as it would have."""
+    settings = {
+        "data": {"train": {"path": "parquet", "data_files": shards}},
+        "training": {"save_strategy": "steps", "save_steps": 2},
+    }
+    two_layers = {"num_hidden_layers": 2}
+    whole = train(tmp_path / "whole", model=two_layers | {"affinity_layers": "all"}, **settings)
+    out = shutil.copytree(whole, tmp_path / "run" / "out", ignore=shutil.ignore_patterns("checkpoint-4"))
+    record = json.loads((out / "run.json").read_text())
+    assert record.pop("resolved") == {"affinity_layers": [0, 1]}
+    del record["model"]["affinity_layers"]
+    (out / "run.json").write_text(json.dumps(record))
+    for layers in ({}, {"affinity_layers": [0]}):
+        with pytest.raises(ValueError, match=r"other settings: affinity_layers=\[[01]\] \(was \[0, 1\]\)"):
+            train(tmp_path / "run", model=two_layers | layers, **settings)
+    train(tmp_path / "run", model=two_layers | {"affinity_layers": "all"}, **settings)
+    assert_same_tensors(whole / "model.safetensors", out / "model.safetensors")
+    shutil.rmtree(out / "checkpoint-4")
+    with pytest.raises(ValueError, match=r"affinity_layers=\[1\] \(was \[0, 1\]\)"):
+        train(tmp_path / "run", model=two_layers, **settings)
+
+
 def test_a_run_goes_on_from_its_newest_checkpoint_without_decoding_what_it_skips(tmp_path, shards, monkeypatch):
     """Resumed at step 3 of 4, 8 of 32 positions are asked for; a fifth run of a finished one asks for none."""
     asked = []

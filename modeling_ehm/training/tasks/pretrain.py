@@ -82,8 +82,9 @@ def prepare(recipe: Recipe, trainer_class: type[EHMTrainer] = EHMTrainer) -> EHM
         args.output_dir,
         references=references,
         source=identity_of(recipe.data.train, images.extent),
+        resolved={"affinity_layers": list(config.resolved_affinity_layers)},
     )
-    record.begin(resume_from, args.world_size)
+    record.begin(resume_from, args.world_size, former={"affinity_layers": former_layers(config)})
     trainer = trainer_class(
         model=model,
         args=args,
@@ -123,6 +124,12 @@ def import_modules(names: list[str]) -> None:
             raise RecipeError(
                 f"training.import_modules names {name!r}, which is not found; put its folder on PYTHONPATH"
             ) from error
+
+
+def former_layers(config: EHMConfig) -> list[int]:
+    """Layers that teachers read by default before runs noted them: all for attention, the last for keys."""
+    last = config.num_hidden_layers - 1
+    return [last] if config.affinity == "keys" else list(range(last + 1))
 
 
 def forget_earlier_run(folder: Path) -> None:
