@@ -86,12 +86,14 @@ def table(plan: Plan, results: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def report(out_stem: Path, plan: Plan, record: dict) -> None:
-    """Write the tables of all that is on record."""
-    machines = sorted({one["machine"] for one in record["results"].values()})
+def report(out_stem: Path, plan: Plan, runs: list[Run], record: dict) -> None:
+    """Write the tables of all that is on record of these runs."""
+    known = {run.keys(plan)[plan.recipe] for run in runs}
+    present = [one for key, one in record["results"].items() if key.split()[0] in known]
+    machines = sorted({one["machine"] for one in present})
     text = f"{datetime.date.today()}; {'; '.join(machines)}.\n"
     for name, reference in record["references"].items():
-        results = [one for one in record["results"].values() if one["images"] == name]
+        results = [one for one in present if one["images"] == name]
         pixels = ", ".join(f"{heading} {reference[figure]:.2f}" for figure, heading in FIGURES.items())
         text += f"\n{name}, {reference['count']} images; of raw pixels {pixels}:\n\n{table(plan, results)}\n"
     write_tables(out_stem.with_suffix(".md"), text)
@@ -104,12 +106,19 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="Parquet file of labelled images")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--plan", type=Path, default=Path(__file__).with_name("masking_ledger.yaml"))
-    parser.add_argument("--ledger", type=Path, default=ROOT / "docs/results/ledger.json", help="where costs stand")
+    parser.add_argument("--ledger", type=Path, help="JSON that masking_ledger.py wrote for the plan; docs/results/...")
     parser.add_argument("--work", type=Path, default=Path("outputs/ledger"), help="folder of the runs")
     parser.add_argument("--only", nargs="+", metavar="SETTING", help="measure these settings alone")
     options = parser.parse_args()
     plan, path = read_plan(options.plan), options.out_stem.with_suffix(".json")
-    runs = runs_of(plan, costs_of(plan, Record.read(options.ledger), rounds=9), options.work)
+    if unknown := [name for name in options.only or [] if name not in plan.settings]:
+        parser.error(f"--only {unknown} is not in {options.plan}, whose settings are {list(plan.settings)}")
+    ledger = options.ledger or ROOT / "docs/results" / f"{options.plan.stem.removeprefix('masking_')}.json"
+    try:
+        costs = costs_of(plan, Record.read(ledger))
+    except ValueError as error:
+        parser.error(f"--ledger={ledger}: {error}; give the JSON that masking_ledger.py wrote for {options.plan}")
+    runs = list(dict.fromkeys(runs_of(plan, costs, options.work).values()))
     record = json.loads(path.read_text()) if path.exists() else {"references": {}, "results": {}}
     source = ImageSource(path="parquet", data_files=str(options.images), label_column=options.label_column)
     config, name = EHMConfig(**plan.recipe_of(plan.reference).model), name_of(options.images)
@@ -117,7 +126,7 @@ def main() -> None:
     if name not in record["references"]:
         reference = both_ways(pixel_features(loaded["pixels"]), loaded["labels"])
         record["references"][name] = {"count": len(loaded["labels"])} | reference
-    for run in dict.fromkeys(runs.values()):
+    for run in runs:
         key = probed_key(plan, run, options.images)
         if key is None or key in record["results"] or run.setting not in (options.only or plan.settings):
             continue
@@ -127,7 +136,7 @@ def main() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
         print(f"{run.setting}, {run.steps} steps, seed {run.seed}: {figures}", flush=True)
-    report(options.out_stem, plan, record)
+    report(options.out_stem, plan, runs, record)
 
 
 if __name__ == "__main__":

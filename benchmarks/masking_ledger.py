@@ -302,7 +302,8 @@ def main() -> None:
         parser.error(f"--only {unknown} is not in {options.plan}, whose settings are {list(plan.settings)}")
     path = options.out_stem.with_suffix(".json")
     record = Record.read(path)
-    costs = costs_of(plan, record, options.rounds)
+    measure_missing(plan, record, options.rounds)
+    costs = costs_of(plan, record)
     record.write(path)
     runs = runs_of(plan, costs, options.work)
     record.gather(plan, list(runs.values()))
@@ -341,17 +342,33 @@ def main() -> None:
         sys.exit(f"{len(failures)} runs are not finished")
 
 
-def costs_of(plan: Plan, record: Record, rounds: int) -> dict[str, float]:
-    """Costs of all settings, as ratios to the reference's; what is not on record is measured, and noted there."""
+def cost_keys(plan: Plan) -> dict[tuple[str, ...], str]:
+    """What tells the costs of all phases of all settings from others, by their overrides."""
     common = [plan.common, plan.settings[plan.reference]]
-    phases = {name: phases_of(plan, name) for name in plan.settings}
-    keys = {own: key_of(plan.recipe, *common, list(own)) for some in phases.values() for own in some}
+    phases = dict.fromkeys(own for name in plan.settings for own in phases_of(plan, name))
+    return {own: key_of(plan.recipe, *common, list(own)) for own in phases}
+
+
+def measure_missing(plan: Plan, record: Record, rounds: int) -> None:
+    """Measure the costs that are not on record, and note them there."""
+    keys = cost_keys(plan)
     if missing := [own for own, key in keys.items() if key not in record.costs]:
         names = {tuple(overrides): name for name, overrides in plan.settings.items()}
         named = {names.get(own, " ".join(own)): own for own in missing}
         measured = dataclasses.replace(plan, settings=plan.settings | {name: list(own) for name, own in named.items()})
         for name, ratio in measure_costs(measured, list(named), rounds).items():
             record.costs[keys[named[name]]] = {"setting": name, "ratio": ratio, "machine": machine()}
+
+
+def costs_of(plan: Plan, record: Record) -> dict[str, float]:
+    """Costs of all settings, as ratios to the reference's.
+
+    Raises:
+        ValueError: some are not on record.
+    """
+    keys, phases = cost_keys(plan), {name: phases_of(plan, name) for name in plan.settings}
+    if missing := [name for name, some in phases.items() if any(keys[own] not in record.costs for own in some)]:
+        raise ValueError(f"the costs of {missing} are not on record")
     ratios = {own: record.costs[key]["ratio"] for own, key in keys.items()}
     return {name: sum(share * ratios[own] for own, share in some.items()) for name, some in phases.items()}
 

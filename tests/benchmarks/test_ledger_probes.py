@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 
 import numpy as np
 import pytest
@@ -98,3 +99,27 @@ def test_runs_whose_weights_are_there_are_probed_once(probes, work, monkeypatch,
     assert "\nshades/train.parquet, 40 images; of raw pixels k-NN " in text
     assert "| random | 10 | 0, 1 | 100.00 ± 0.00 | 100.00 ± 0.00 |  |  |" in text
     assert "| ehm | 10 | 0 | 100.00 | 100.00 | 0.0; 0.0 | 0.0; 0.0 |" in text
+    record["results"]["key shades/train.parquet"] = {"setting": "gone", "steps": 10, "seed": 0} | {
+        name: record["results"][next(iter(record["results"]))][name] for name in ("images", "figures", "machine")
+    }
+    (work / "out.json").write_text(json.dumps(record))  # of another plan
+    probes.main()
+    assert (work / "out.md").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--only", "emh"], r"--only \['emh'\] is not in .*plan.yaml, whose settings are \['random', 'ehm'\]"),
+        (
+            ["--ledger", "nowhere.json"],
+            r"nowhere.json: the costs of \['random', 'ehm'\] are not on .*masking_ledger.py",
+        ),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_measured(probes, work, monkeypatch, capsys, changed, message):
+    given = ["--images", "images.parquet", "--plan", str(work / "plan.yaml"), "--ledger", str(work / "ledger.json")]
+    monkeypatch.setattr("sys.argv", ["ledger_probes.py", str(work / "out"), *given, *changed])
+    with pytest.raises(SystemExit):
+        probes.main()
+    assert re.search(message, capsys.readouterr().err) and not (work / "out.json").exists()

@@ -54,6 +54,16 @@ def test_the_plans_that_are_shipped(ledger, name, policies, masks):
         ledger.load_recipe(ROOT / "configs" / f"{name}.yaml", overrides)
 
 
+@pytest.mark.parametrize("name", ["ledger", "ledger_gpu", "ledger_long", "ledger_deep"])
+def test_what_was_measured_is_of_the_plans_that_are_shipped(ledger, name, tmp_path):
+    """No key of a record is an earlier plan's, which would run all of it again, and no cost is missing."""
+    plan = ledger.read_plan(ROOT / "benchmarks" / f"masking_{name}.yaml")
+    record = ledger.Record.read(ROOT / "docs/results" / f"{name}.json")
+    costs = ledger.costs_of(plan, record)
+    known = {key for run in ledger.runs_of(plan, costs, tmp_path).values() for key in run.keys(plan).values()}
+    assert record.results and record.results.keys() <= known
+
+
 def test_unequal_steps_are_refused(ledger, tmp_path):
     with pytest.raises(ValueError, match=r"every step must train on as many masks.*'four': 1024"):
         plan_of(ledger, tmp_path, settings=SETTINGS)
@@ -106,6 +116,7 @@ def test_steps_before_the_evolution_cost_what_those_of_random_masks_do(ledger, t
         "late, four": ["model.evolution_start=0.75", *four],
         "late, coarse": ["model.evolution_start=0.75", "model.num_nodes_start=32"],
         "late, random": ["model.mask_policy=random", "model.evolution_start=0.75"],
+        "late, all": ["model.affinity_layers=all", "model.evolution_start=0.75"],
         "late, named": ["model.mask_policy=ehm", "model.evolution_start=0.75", "model.num_nodes_start=64"],
         "late, parts": ["model.mask_policy=epm", "model.evolution_start=0.75"],
     }
@@ -117,16 +128,21 @@ def test_steps_before_the_evolution_cost_what_those_of_random_masks_do(ledger, t
 
     monkeypatch.setattr(ledger, "measure_costs", measure_costs)
     record = ledger.Record()
-    costs = ledger.costs_of(plan, record, rounds=1)
+    with pytest.raises(ValueError, match=r"the costs of \['random', 'ehm', 'late', .* are not on record"):
+        ledger.costs_of(plan, record)
+    ledger.measure_missing(plan, record, rounds=1)
+    costs = ledger.costs_of(plan, record)
     assert costs["late"] == costs["late, four"] == costs["late, named"] == 0.75 * 1 + 0.25 * 3
     assert costs["late, parts"] == 0.75 * 2 + 0.25 * 3
     assert costs["random"] == costs["late, random"] == 1 and costs["ehm"] == costs["late, coarse"] == 3
-    # random, ehm, two settings of one phase; four masks, named and parts with and without a teacher
-    assert len(asked) == len(record.costs) == 10
+    # random, ehm, two settings of one phase, all layers' teacher; four masks, named and parts with and without one
+    assert len(asked) == len(record.costs) == 11
+    assert costs["late, all"] == costs["late"]  # before the evolution they do the same
     four = [model for model in asked.values() if model.get("masks_per_image") == 4]
     assert [model.get("evolution_start", 0) for model in four] == [0, 0]
     asked.clear()
-    assert ledger.costs_of(plan, record, rounds=1) == costs and not asked
+    ledger.measure_missing(plan, record, rounds=1)
+    assert ledger.costs_of(plan, record) == costs and not asked
 
 
 def test_an_evolution_that_all_settings_share_is_refused(ledger, tmp_path):
