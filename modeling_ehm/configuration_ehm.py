@@ -35,6 +35,27 @@ def to_pair(size: int | list[int] | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
+def resolve_layers(name: str, layers: list[int] | str, depth: int) -> tuple[int, ...]:
+    """The layers that are named, ascending, without repetition, all counted from 0.
+
+    Args:
+        name: Of the argument, for the message.
+        layers: Counted from 0, negative from the end, or "all".
+        depth: How many layers there are.
+
+    Raises:
+        ValueError: none is named, or one that is not there.
+    """
+    if layers == "all":
+        return tuple(range(depth))
+    if isinstance(layers, str) or not layers or not all(-depth <= layer < depth for layer in layers):
+        raise ValueError(
+            f'{name}={layers!r} must be a list of layers, as [1], each in [-{depth}, {depth - 1}], or "all"; None takes'
+            " the default"
+        )
+    return tuple(sorted({layer % depth for layer in layers}))
+
+
 @strict
 class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
     """Configuration of `EHMModel`, `EHMForPreTraining`, `EHMBackbone` and the heads.
@@ -209,7 +230,7 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
             layers = [-1]
         elif layers is None:  # EPM's sharpness is made for the sum over all layers
             layers = "all" if self.mask_policy == "epm" else [min(SECOND_LAYER, depth - 1)]
-        return tuple(range(depth)) if layers == "all" else tuple(sorted({layer % depth for layer in layers}))
+        return resolve_layers("affinity_layers", layers, depth)
 
     def num_hidden_patches(self, num_patches: int) -> int:
         """Patches hidden out of `num_patches`. Rounded: `int(n * (1 - ratio))` would keep 9 of 100 at ratio 0.9."""
@@ -312,15 +333,8 @@ class EHMConfig(BackboneConfigMixin, PreTrainedConfig):
             raise ValueError(f"teacher_decay={self.teacher_decay} must lie in [0, 1)")
         if self.teacher_warmup_steps < 0:
             raise ValueError(f"teacher_warmup_steps={self.teacher_warmup_steps} must be 0 (no warm-up) or more")
-        layers = self.affinity_layers
-        depth = self.num_hidden_layers
-        if layers not in (None, "all") and (
-            isinstance(layers, str) or not layers or not all(-depth <= layer < depth for layer in layers)
-        ):
-            raise ValueError(
-                f"affinity_layers={layers!r} must be a list of layers, as [1], each in [-{depth}, {depth - 1}], or"
-                ' "all"; None takes the default'
-            )
+        if self.affinity_layers is not None:
+            resolve_layers("affinity_layers", self.affinity_layers, self.num_hidden_layers)
         if not 0 <= self.evolution_start < 1:
             raise ValueError(f"evolution_start={self.evolution_start} must lie in [0, 1): a fraction of pre-training")
         start, end = self.num_nodes_start, self.num_nodes_end

@@ -12,7 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .configuration_ehm import to_pair
+from .configuration_ehm import resolve_layers, to_pair
 from .hierarchy_ehm import PatchHierarchy, build_hierarchy, symmetrize
 from .modeling_ehm import EHMPreTrainedModel, attention_affinity, attention_map, key_affinity
 
@@ -104,16 +104,9 @@ def parse_hierarchy(
             f"{type(model).__name__} does not use transformers' attention interface, so its queries and keys cannot be"
             " read; use a model that does (ViT, ViTMAE, DINOv2, DINOv3, ...)"
         )
-    depth = len(recorded)
-    if layers == "all" or (layers is None and affinity == "attention"):
-        layers = list(range(depth))
-    elif layers is None:
-        layers = [-1]
-    if isinstance(layers, str) or not layers or not all(-depth <= layer < depth for layer in layers):
-        raise ValueError(
-            f'layers={layers!r} must be a list of layers, as [1], each in [-{depth}, {depth - 1}], or "all"; None takes'
-            " the default"
-        )
+    if layers is None:
+        layers = "all" if affinity == "attention" else [-1]
+    layers = resolve_layers("layers", layers, len(recorded))
     total = 0
     for query, key, scaling, bias in (recorded[layer] for layer in layers):
         num_prefix = query.shape[2] - num_patches
