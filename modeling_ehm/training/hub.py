@@ -122,9 +122,7 @@ class RunRecord:
         before = {key: value for key, value in LATER_SETTINGS.items() if key in now} | before
         if not earlier.source:  # of an earlier version, which did not note it
             before |= {key: now[key] for key in self.source}
-        if (
-            not earlier.resolved
-        ):  # nor these; what its recipe told, if the same is told now, holds as it is resolved now
+        if not earlier.resolved:  # nor these: what its recipe told and is told again holds as it is resolved now
             before |= {key: now[key] for key in self.resolved if earlier.model.get(key) == self.model.get(key)}
             before |= {key: value for key, value in former.items() if earlier.model.get(key) is None}
         if differing := _differences(before, now):
